@@ -1,0 +1,36 @@
+# make demo    installs what is missing, runs NFT end to end on this machine, prints the result
+# make test    installs what is missing, runs the tests
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+RUN := $(VENV)/bin/python
+DEMO_RUN ?= runs/demo
+export HF_HUB_OFFLINE ?= 1
+export OMP_NUM_THREADS ?= $(shell nproc)
+
+.PHONY: setup demo test test-fast test-long lint clean
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: requirements/cpu.txt requirements/install.sh setup.py
+	PYTHON=$(PYTHON) bash requirements/install.sh $(VENV)
+	@touch $@
+
+demo: setup
+	@rm -rf $(DEMO_RUN)
+	$(RUN) -m megatron_nft train examples/arithmetic/nft.yaml run_dir=$(DEMO_RUN)
+
+test: setup
+	$(RUN) -m pytest tests/unit tests/distributed tests/end_to_end
+
+test-fast: setup
+	$(RUN) -m pytest tests/unit
+
+test-long: setup
+	MEGATRON_NFT_LONG=1 $(RUN) -m pytest tests/unit tests/distributed tests/end_to_end
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

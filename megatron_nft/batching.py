@@ -1,0 +1,190 @@
+"""Groups -> balanced, packed micro-batches, and every denominator. Pure functions of lengths and verdicts, the same on every rank."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_nft.errors import UserError
+from megatron_nft.trajectories import Batch
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of a rollout step as all ranks know them; group g holds answers g*n to (g+1)*n - 1."""
+
+    prompt_lengths: np.ndarray  # int [answers]
+    response_lengths: np.ndarray  # int [answers]
+    loss_tokens: np.ndarray  # int [answers]: sum of the loss mask
+    verdicts: np.ndarray  # float [answers]
+    n: int  # answers per group
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Prompt and response, in tokens."""
+        return self.prompt_lengths + self.response_lengths
+
+    @property
+    def correct_rates(self) -> np.ndarray:
+        """r̂ of every answer's group. [answers]"""
+        return np.repeat(self.verdicts.reshape(-1, self.n).mean(1), self.n)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a mini-batch is laid out."""
+
+    data_parallel_size: int
+    tokens_per_micro_batch: int
+    prompts_per_update: int
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """One optimiser update: which answers, on which replica, in which micro-batch, with which scale."""
+
+    micro_batches: list[list[list[int]]]  # [replica][micro-batch] -> answer numbers; equally many micro-batches on every replica
+    fill: float  # share of the slots that hold a token
+
+    @property
+    def answers(self) -> list[int]:
+        """All answers of the mini-batch."""
+        return sorted(a for replica in self.micro_batches for batch in replica for a in batch)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every mini-batch of a rollout step, and per answer: r̂, the prompt weight w(q), and 1 / denominator."""
+
+    mini_batches: list[MiniBatch]
+    correct_rates: np.ndarray  # float [answers]
+    weights: np.ndarray  # float [answers]
+    scales: np.ndarray  # float [answers]
+
+    def replica_of(self) -> dict[int, int]:
+        """Which data-parallel replica trains each answer."""
+        return {a: d for mini in self.mini_batches for d, batches in enumerate(mini.micro_batches) for b in batches for a in b}
+
+
+def plan(
+    answers: Answers,
+    layout: Layout,
+    weight: Callable[[float], float],
+    reduction: str,
+    constant: float,
+    per_sequence: bool = False,
+) -> Plan:
+    """Place the answers of a rollout step. Mini-batches keep groups together and in order.
+
+    weight: w(q) as a function of r̂. reduction: `constant` (sum / constant), `token-mean` (sum / loss tokens of the mini-batch),
+    `sequence-mean` (mean over answers of the mean over their tokens). per_sequence: an answer is one term (sequence ratio).
+    All denominators are over the whole mini-batch, so they do not depend on the layout.
+    Raises UserError if an answer is longer than the token budget.
+    """
+    if answers.lengths.max(initial=0) > layout.tokens_per_micro_batch:
+        raise UserError(
+            f"an answer with its prompt is {answers.lengths.max()} tokens long, train.tokens_per_micro_batch is {layout.tokens_per_micro_batch}",
+            "raise train.tokens_per_micro_batch, or lower rollout.max_tokens or data.max_prompt_length",
+        )
+    rates = answers.correct_rates
+    weights = np.array([weight(r) for r in rates])
+    scales, mini_batches = np.zeros(len(rates)), []
+    size = layout.prompts_per_update * answers.n
+    for start in range(0, len(rates), size):
+        numbers = np.arange(start, min(start + size, len(rates)))
+        scales[numbers] = 1.0 / _denominators(answers.loss_tokens[numbers], reduction, constant, per_sequence)
+        mini_batches.append(place(numbers, answers.lengths, layout))
+    return Plan(mini_batches, rates, weights, scales)
+
+
+def _denominators(loss_tokens: np.ndarray, reduction: str, constant: float, per_sequence: bool) -> np.ndarray | float:
+    if reduction == "constant":
+        return constant
+    if reduction == "token-mean":
+        return max(loss_tokens.sum(), 1)
+    return len(loss_tokens) * (1.0 if per_sequence else np.maximum(loss_tokens, 1))
+
+
+def place(numbers: np.ndarray, lengths: np.ndarray, layout: Layout) -> MiniBatch:
+    """Balance answers over replicas by tokens, then pack each replica's into micro-batches, longest first (best fit)."""
+    order = sorted(numbers.tolist(), key=lambda a: (-lengths[a], a))
+    loads = [0] * layout.data_parallel_size
+    replicas: list[list[int]] = [[] for _ in loads]
+    for a in order:
+        lightest = loads.index(min(loads))
+        replicas[lightest].append(a)
+        loads[lightest] += int(lengths[a])
+    packed = [_pack(replica, lengths, layout.tokens_per_micro_batch) for replica in replicas]
+    most = max(map(len, packed))
+    for batches in packed:
+        batches += [[] for _ in range(most - len(batches))]  # an empty micro-batch keeps every rank in step
+    slots = most * layout.tokens_per_micro_batch * layout.data_parallel_size
+    return MiniBatch(packed, fill=sum(loads) / slots if slots else 0.0)
+
+
+def _pack(order: list[int], lengths: np.ndarray, budget: int) -> list[list[int]]:
+    batches, room = [], []
+    for a in order:
+        fitting = [i for i, free in enumerate(room) if free >= lengths[a]]
+        if fitting:
+            best = min(fitting, key=room.__getitem__)
+        else:
+            best = len(batches)
+            batches.append([])
+            room.append(budget)
+        batches[best].append(a)
+        room[best] -= int(lengths[a])
+    return batches
+
+
+@dataclass
+class TrainingAnswer:
+    """One answer as the rank that trains it holds it."""
+
+    prompt: list[int]  # token ids
+    response: list[int]
+    logprobs: list[float]  # the sampler's, [response]
+    loss_mask: list[int]  # [response]
+    verdict: float
+
+
+def pack(members: list[int], answers: dict[int, TrainingAnswer], plan: Plan, tokens: int) -> Batch:
+    """Lay answers end to end into one micro-batch of exactly `tokens` slots; the tail is padding (one sequence of its own).
+
+    Position t predicts token t + 1: the response's first token is predicted by the prompt's last, and the last token of an
+    answer predicts nothing.
+    """
+    fields = {name: np.zeros(tokens, np.int64) for name in ("tokens", "targets", "positions")}
+    floats = {name: np.zeros(tokens, np.float32) for name in _FLOATS}
+    index = np.full(tokens, len(members), np.int64)
+    starts, at = [0], 0
+    for i, number in enumerate(members):
+        a = answers[number]
+        ids = a.prompt + a.response
+        end, first = at + len(ids), at + len(a.prompt) - 1
+        fields["tokens"][at:end] = ids
+        fields["targets"][at : end - 1] = ids[1:]
+        fields["positions"][at:end] = range(len(ids))
+        predicted = slice(first, end - 1)
+        floats["loss_mask"][predicted] = a.loss_mask
+        floats["sampler_logprobs"][predicted] = a.logprobs
+        index[at:end] = i
+        floats["verdict"][predicted] = a.verdict
+        floats["correct_rate"][predicted] = plan.correct_rates[number]
+        floats["weight"][predicted] = plan.weights[number]
+        floats["scale"][predicted] = plan.scales[number]
+        at = end
+        starts.append(at)
+    fields["positions"][at:] = range(tokens - at)
+    tensors = {name: torch.from_numpy(array) for name, array in {**fields, **floats}.items()}
+    return Batch(
+        **tensors,
+        cu_seqlens=torch.tensor([*starts, tokens], dtype=torch.int32),
+        answer_index=torch.from_numpy(index),
+        old_logprobs=torch.zeros(tokens),
+        answers=list(members),
+    )
+
+
+_FLOATS = ("loss_mask", "verdict", "correct_rate", "weight", "scale", "sampler_logprobs")

@@ -1,0 +1,106 @@
+"""The command line. Exit codes: 0 done; 2 what the user gave is wrong (one line on stderr); anything else is a fault of ours."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megatron_nft import config
+from megatron_nft.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    _quiet_libraries()
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"megatron-nft: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their arguments."""
+    top = argparse.ArgumentParser(prog="megatron-nft", description="NFT post-training on Megatron-Core and vLLM.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("train", _train, "post-train a model on checkable problems"),
+        ("evaluate", _evaluate, "score a Hugging Face directory on the sets of evaluation.sets"),
+        ("sft", _sft, "supervised warm start"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("config", metavar="CONFIG.yaml")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. train.steps=10")
+        command.set_defaults(run=run)
+        if name == "train":
+            command.add_argument("--dry-run", action="store_true", help="check everything that needs no model in memory, print the settings, stop")
+    convert = commands.add_parser("convert", help="Hugging Face <-> Megatron checkpoints")
+    kinds = convert.add_subparsers(required=True, metavar="KIND")
+    for name, source in (("hf-to-megatron", "HF_DIR"), ("megatron-to-hf", "CHECKPOINT_DIR"), ("verify", "HF_DIR")):
+        kind = kinds.add_parser(name)
+        kind.add_argument("source", metavar=source, type=Path)
+        if name != "verify":
+            kind.add_argument("output", metavar="OUT_DIR", type=Path)
+        kind.set_defaults(run=_convert, kind=name)
+    report = commands.add_parser("report", help="write RUN_DIR/report.html and print the summary")
+    report.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    report.set_defaults(run=_report)
+    return top
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    settings = config.load(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from megatron_nft.dry_run import dry_run
+
+        dry_run(settings)
+        return
+    from megatron_nft.trainer import train
+
+    train(settings)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from megatron_nft.evaluation import evaluate_model
+
+    evaluate_model(config.load(arguments.config, arguments.overrides))
+
+
+def _sft(arguments: argparse.Namespace) -> None:
+    from megatron_nft.supervised import sft
+
+    sft(config.load(arguments.config, arguments.overrides))
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from megatron_nft import convert
+
+    if arguments.kind == "verify":
+        convert.verify(arguments.source)
+    elif arguments.kind == "hf-to-megatron":
+        convert.hf_to_megatron(arguments.source, arguments.output)
+    else:
+        convert.megatron_to_hf(arguments.source, arguments.output)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from megatron_nft import report
+
+    path = report.write_report(arguments.run_dir)
+    print(report.summary(arguments.run_dir))
+    print(path)
+
+
+def _quiet_libraries() -> None:
+    """Libraries' own chatter off, unless the user's environment asks for it."""
+    for name, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }.items():
+        os.environ.setdefault(name, value)

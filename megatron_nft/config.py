@@ -1,0 +1,276 @@
+"""Every setting, with its default: one tree of dataclasses, read from YAML and key=value overrides.
+
+An unknown key, a missing value or a value of the wrong type is a UserError that names the key.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_nft.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING  # Hugging Face directory: config.json, safetensors, tokenizer
+    precision: str = "auto"  # auto (bf16 with CUDA, fp32 without) | bf16 | fp32
+
+
+@dataclass
+class ParallelConfig:
+    """Megatron-Core's layout; the rest of the world size is data parallel."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+
+
+@dataclass
+class DatasetConfig:
+    """A data set: a local .jsonl, .json or .parquet file, or a name on the Hugging Face hub."""
+
+    path: str = MISSING
+    name: str | None = None  # default: the file's stem; names the set in metrics
+    split: str = "train"  # for the hub
+    subset: str | None = None  # for the hub: the configuration, e.g. main
+    question: str = "problem"  # column; "prompt" may hold a list of {role, content}
+    answer: str = "answer"  # column; dots reach into structures: reward_model.ground_truth
+    solution: str = "solution"  # column with the worked answer, for sft
+    reward: str | None = None  # verdict function for this set; default: reward.function
+    limit: int | None = None  # the first so many rows
+
+
+@dataclass
+class DataConfig:
+    train: list[DatasetConfig] = field(default_factory=list)
+    system: str | None = None  # system turn of the chat
+    instruction: str = ""  # appended to the question in the user turn, on a line of its own
+    max_prompt_length: int = 512  # tokens; longer prompts are dropped and counted
+    shuffle: bool = True
+
+
+@dataclass
+class RolloutConfig:
+    prompts_per_step: int = 64  # mixed groups to train on in a rollout step
+    n: int = 8  # answers per prompt
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 512  # of an answer
+    prompts_per_draw: int | None = None  # prompts sent at a time; default: prompts_per_step
+    max_draws: int = 8  # then train on what was kept
+    save: bool = True  # rollouts/step_N.parquet
+    # the engine: vLLM's names
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.6
+    max_num_seqs: int = 512
+    max_num_batched_tokens: int = 16384  # on CPU no prompt may be split, so keep it above max_prompt_length
+    cpu_kvcache_space: int = 2  # GiB, CPU only
+    enforce_eager: bool = False
+
+
+@dataclass
+class RewardConfig:
+    function: str = "strict_box"  # strict_box | math_verify | package.module:function | path/to/file.py:function
+    workers: int = 2  # processes
+    time_limit: int = 2  # seconds for one verdict; then the worker is killed
+
+
+@dataclass
+class ObjectiveConfig:
+    """NFT, ALGORITHM section 1. neg_weight 0 is RFT."""
+
+    name: str = "nft"
+    neg_weight: float = 1.0
+    normalize: int = 1  # prompt weight w: 0 -> 1, 1 -> 1 - r̂, 2 -> sqrt((1 - r̂) / r̂)
+    eps: float = 1.0
+    ratio: str = "token"  # token | sequence
+    reduction: str = "constant"  # constant | token-mean | sequence-mean
+    reduction_constant: float = 1000.0  # divides the sum over the whole mini-batch
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 1e-6
+    lr_warmup_iters: int = 0  # optimiser updates, linear; constant afterwards
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 100  # rollout steps
+    prompts_per_update: int = 16  # a mini-batch: groups per optimiser update
+    tokens_per_micro_batch: int = 4096  # fixed length of a packed micro-batch, per rank
+    old_logprobs: str = "recompute"  # recompute (a Megatron forward pass) | rollout (the sampler's)
+    recompute_granularity: str | None = None  # Megatron's: None | full
+
+
+@dataclass
+class EvaluationConfig:
+    """Validation during training, and `megatron-nft evaluate`."""
+
+    sets: list[DatasetConfig] = field(default_factory=list)
+    interval: int = 10  # rollout steps between validations; 0: never
+    k: int = 8  # answers per problem for avg@k
+    temperature: float = 1.0
+    top_p: float = 1.0
+    greedy: bool = True  # also one greedy answer per problem
+    max_tokens: int | None = None  # default: rollout.max_tokens
+
+
+@dataclass
+class CheckpointConfig:
+    interval: int = 50  # rollout steps; 0: only at the end
+    keep: int = 2  # newest checkpoints kept
+    export: bool = True  # at the end, a Hugging Face directory at run_dir/huggingface
+
+
+@dataclass
+class LoggingConfig:
+    wandb: str = "off"  # off | offline | online
+    project: str = "megatron_nft"
+    name: str | None = None
+
+
+@dataclass
+class SftConfig:
+    """The supervised warm start (`megatron-nft sft`)."""
+
+    data: list[DatasetConfig] = field(default_factory=list)
+    steps: int = 100  # optimiser updates
+    sequences_per_update: int = 64
+
+
+@dataclass
+class Config:
+    run_dir: str = MISSING
+    seed: int = 1
+    resume: bool = True  # continue from the newest complete checkpoint of run_dir, where there is one
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read a YAML file and key=value overrides (dotted keys) into a Config, and check it.
+
+    Raises UserError for a missing file, an unknown key (with the nearest known one), a wrong type or a bad value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no config file at {path}", "give the path of a YAML file, e.g. examples/arithmetic/nft.yaml")
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"cannot read the override {override!r}", "write it as key=value, e.g. train.steps=10")
+    try:
+        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        tree = OmegaConf.merge(OmegaConf.structured(Config), given)
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise _explain(error, path) from None
+    except Exception as error:  # YAML's own errors have no common base with OmegaConf's
+        raise UserError(f"cannot read {path} ({str(error).splitlines()[0]})", "mend the YAML") from None
+    check(config)
+    return config
+
+
+def save(config: Config, path: str | Path) -> None:
+    """Write the resolved config as YAML."""
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def check(config: Config) -> None:
+    """Raise UserError for values that no model, data or machine could make right."""
+    for key, value, allowed in (
+        ("model.precision", config.model.precision, ("auto", "bf16", "fp32")),
+        ("objective.name", config.objective.name, ("nft",)),
+        ("objective.normalize", config.objective.normalize, (0, 1, 2)),
+        ("objective.ratio", config.objective.ratio, ("token", "sequence")),
+        ("objective.reduction", config.objective.reduction, ("constant", "token-mean", "sequence-mean")),
+        ("train.old_logprobs", config.train.old_logprobs, ("recompute", "rollout")),
+        ("train.recompute_granularity", config.train.recompute_granularity, (None, "full")),
+        ("logging.wandb", config.logging.wandb, ("off", "offline", "online")),
+    ):
+        if value not in allowed:
+            raise UserError(f"{key} is {value!r}", f"use one of {', '.join(map(str, allowed))}")
+    for key, value, least in (
+        ("objective.neg_weight", config.objective.neg_weight, 0.0),
+        ("optimizer.lr", config.optimizer.lr, 0.0),
+        ("optimizer.weight_decay", config.optimizer.weight_decay, 0.0),
+        ("rollout.temperature", config.rollout.temperature, 1e-3),
+        ("rollout.n", config.rollout.n, 2),
+        ("train.steps", config.train.steps, 0),
+        ("reward.time_limit", config.reward.time_limit, 1),
+        ("evaluation.k", config.evaluation.k, 0),
+        *((f"{part}.{name}", getattr(getattr(config, part), name), 1) for part, name in _COUNTS),
+    ):
+        if not value >= least:
+            raise UserError(f"{key} is {value}", f"use {least} or more")
+    if not config.objective.eps > 0:
+        raise UserError(f"objective.eps is {config.objective.eps}", "use a number above 0; the paper's is 1.0")
+    if config.rollout.prompts_per_step % config.train.prompts_per_update:
+        raise UserError(
+            f"rollout.prompts_per_step ({config.rollout.prompts_per_step}) is no multiple of "
+            f"train.prompts_per_update ({config.train.prompts_per_update})",
+            "choose sizes that divide",
+        )
+
+
+_COUNTS = (
+    ("parallel", "tensor_model_parallel_size"),
+    ("parallel", "pipeline_model_parallel_size"),
+    ("rollout", "prompts_per_step"),
+    ("rollout", "max_tokens"),
+    ("rollout", "max_draws"),
+    ("rollout", "max_num_seqs"),
+    ("rollout", "tensor_parallel_size"),
+    ("reward", "workers"),
+    ("train", "prompts_per_update"),
+    ("train", "tokens_per_micro_batch"),
+    ("data", "max_prompt_length"),
+    ("objective", "reduction_constant"),
+    ("checkpoint", "keep"),
+    ("sft", "sequences_per_update"),
+)
+
+
+def _explain(error: OmegaConfBaseException, path: Path) -> UserError:
+    """OmegaConf's error as one line with the key and the mend."""
+    key = getattr(error, "full_key", None) or getattr(error, "key", None) or "?"
+    message = str(error).splitlines()[0]
+    if "not in" in message and "Key" in message:
+        known = list(known_keys())
+        leaf = str(key).rsplit(".", 1)[-1]
+        near = difflib.get_close_matches(str(key), known, 1) or [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+        return UserError(f"unknown setting {key} (in {path} or on the command line)",
+                         f"did you mean {near[0]}?" if near else "see megatron_nft/config.py for all settings")  # fmt: skip
+    if "MISSING" in message or "mandatory" in message.lower():
+        return UserError(f"{key} has no value in {path}", f"add it, or pass {key}=...")
+    return UserError(f"{key}: {message} (in {path} or on the command line)", "mend the value")
+
+
+def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """The dotted names of all settings."""
+    keys = []
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(f.type):
+            keys += known_keys(f.type, f"{prefix}{f.name}.")
+        else:
+            keys.append(prefix + f.name)
+    return keys

@@ -1,0 +1,13 @@
+"""UserError: what the user gave is wrong. The command line prints it as one line and exits with code 2."""
+
+
+class UserError(Exception):
+    """One sentence that says what is wrong, where, and how to mend it.
+
+    >>> str(UserError("heads (14) cannot be divided by tensor_model_parallel_size (4)", "use 1, 2, 7 or 14"))
+    'heads (14) cannot be divided by tensor_model_parallel_size (4): use 1, 2, 7 or 14'
+    """
+
+    def __init__(self, problem: str, mend: str):
+        super().__init__(f"{problem}: {mend}")
+        self.problem, self.mend = problem, mend

@@ -1,0 +1,165 @@
+"""A Megatron-Core GPTModel from a Hugging Face config.json."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from megatron_nft.config import Config, ParallelConfig
+from megatron_nft.errors import UserError
+from megatron_nft.policy.layers import PackedAttention, RMSNorm
+from megatron_nft.weights import padded_vocab_size, table_for
+
+
+def read_config(path: str | Path) -> dict:
+    """config.json of a Hugging Face directory, as a dictionary."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise UserError(f"no Hugging Face model at {path} (config.json is missing)", "give model.path a downloaded model directory")
+    return json.loads(file.read_text())
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """`auto` is bf16 where CUDA is present and float32 elsewhere."""
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def check(hf: dict, parallel: ParallelConfig) -> None:
+    """Raise UserError for a model that cannot be laid out, or that this code would compute wrongly; before anything is allocated."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    table_for(hf)  # the family is known
+    for name, size, by, setting in (
+        ("attention heads", hf["num_attention_heads"], tp, "tensor_model_parallel_size"),
+        ("key-value heads", hf.get("num_key_value_heads", hf["num_attention_heads"]), tp, "tensor_model_parallel_size"),
+        ("intermediate size", hf["intermediate_size"], tp, "tensor_model_parallel_size"),
+        ("layers", hf["num_hidden_layers"], pp, "pipeline_model_parallel_size"),
+    ):
+        if size % by:
+            divisors = [d for d in range(1, size + 1) if size % d == 0 and d <= 64]
+            raise UserError(f"{name} ({size}) cannot be divided by parallel.{setting} ({by})", f"use one of {divisors}")
+    if hf.get("use_sliding_window"):
+        raise UserError("the model uses sliding-window attention", "choose a model with full attention, or set use_sliding_window to false")
+    if hf.get("attention_bias") or hf.get("mlp_bias"):
+        raise UserError("the model has biases on its output or MLP projections", "choose a model without them")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise UserError(f"the model's activation is {hf['hidden_act']}", "choose a model with silu")
+
+
+def transformer_config(hf: dict, config: Config):
+    """Megatron's TransformerConfig for a Qwen2 or Llama config."""
+    from megatron.core.transformer import TransformerConfig
+
+    dtype, gpu = dtype_of(config.model.precision), torch.cuda.is_available()
+    recompute = config.train.recompute_granularity
+    return TransformerConfig(
+        num_layers=hf["num_hidden_layers"],
+        hidden_size=hf["hidden_size"],
+        ffn_hidden_size=hf["intermediate_size"],
+        num_attention_heads=hf["num_attention_heads"],
+        num_query_groups=hf.get("num_key_value_heads", hf["num_attention_heads"]),
+        kv_channels=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+        normalization="RMSNorm",
+        layernorm_epsilon=hf["rms_norm_eps"],
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=table_for(hf).qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        sequence_parallel=config.parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        recompute_granularity=recompute,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+        calculate_per_token_loss=True,  # gradients are summed over ranks; batching put the denominators into the loss
+        perform_initialization=False,  # every weight is loaded
+        use_cpu_initialization=not gpu,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=gpu,
+        masked_softmax_fusion=gpu,
+        bias_dropout_fusion=gpu,
+        apply_rope_fusion=gpu and have_transformer_engine(),
+        persist_layer_norm=False,
+    )
+
+
+def have_transformer_engine() -> bool:
+    """Whether Megatron-Core found Transformer Engine, and a GPU to run it."""
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    return gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
+
+
+def block_spec(megatron):
+    """Layer spec of this pipeline stage: Transformer Engine's where it is installed, otherwise Megatron's local one with our
+    RMSNorm and packed attention in place of its own (its norm refuses sequence parallelism, its attention packed input)."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    spec = get_gpt_decoder_block_spec(megatron, use_transformer_engine=have_transformer_engine(), normalization="RMSNorm")
+    if not have_transformer_engine():
+        spec.layer_norm = RMSNorm
+        for layer in spec.layer_specs:
+            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+            layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    return spec
+
+
+def kernels() -> str:
+    """One line on the kernels in use."""
+    if have_transformer_engine():
+        return "Transformer Engine layers (cuDNN or FlashAttention), TE FusedAdam"
+    where = "CUDA" if torch.cuda.is_available() else "CPU"
+    return f"Megatron-Core local layers on {where}, torch scaled_dot_product_attention over packed sequences, torch AdamW"
+
+
+def build(hf: dict, config: Config, pre_process: bool, post_process: bool):
+    """This rank's GPTModel, weights not yet loaded. Its output is the last hidden state [1, tokens (/tp), hidden], not logits."""
+    from megatron.core.models.gpt import GPTModel
+
+    megatron = transformer_config(hf, config)
+    rope = rope_settings(hf)
+    model = GPTModel(
+        config=megatron,
+        transformer_layer_spec=block_spec(megatron),
+        vocab_size=padded_vocab_size(hf["vocab_size"], config.parallel.tensor_model_parallel_size),
+        max_sequence_length=hf["max_position_embeddings"],
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings")),
+        position_embedding_type="rope",
+        **rope,
+    )
+    if post_process:
+        # logprobs.py multiplies by the head's weight itself, in chunks, so that logits [tokens, vocab] never exist
+        model.output_layer.forward = lambda hidden, weight=None, runtime_gather_output=None: (hidden, None)
+    if torch.cuda.is_available():
+        model.cuda(torch.cuda.current_device())
+    return model
+
+
+def head_weight(model) -> torch.Tensor:
+    """[padded vocab / tp, hidden] of the last stage, shared with the embedding where the model ties them."""
+    tied = model.share_embeddings_and_output_weights
+    return model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+
+
+def rope_settings(hf: dict) -> dict:
+    """GPTModel's rope arguments, from transformers 4's (rope_theta, rope_scaling) or 5's (rope_parameters) spelling."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    settings = {"rotary_base": theta, "rotary_percent": 1.0}
+    if kind == "default":
+        return settings
+    # Megatron-Core knows Llama 3's scaling with these constants
+    constants = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    if kind == "llama3" and all(rope.get(key) == value for key, value in constants.items()):
+        return {**settings, "rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    raise UserError(f"the model's rope scaling is {kind!r}, which is not supported", "choose a model with plain or Llama 3 rope")

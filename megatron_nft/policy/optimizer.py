@@ -1,0 +1,61 @@
+"""Megatron's DDP and distributed optimizer around the model, and the learning-rate schedule."""
+
+import torch
+
+from megatron_nft.config import OptimizerConfig
+
+FOREVER = 10**9  # updates; the schedule is constant after the warm-up
+
+
+def wrap(model, megatron_config):
+    """DistributedDataParallel with float32 gradients, reduced by sum (megatron_config.calculate_per_token_loss)."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=torch.cuda.is_available(),
+        overlap_param_gather=False,
+        check_for_nan_in_grad=True,
+    )
+    return DistributedDataParallel(megatron_config, ddp, model)
+
+
+def make(ddp_model, settings: OptimizerConfig):
+    """(optimizer, scheduler). Weight decay applies to every parameter, as in the published runs."""
+    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    dtype = ddp_model.config.params_dtype
+    config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=0.0,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+    )
+    optimizer = get_megatron_optimizer(config, [ddp_model], config_overrides={})
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=0.0,
+        lr_warmup_steps=settings.lr_warmup_iters,
+        lr_decay_steps=FOREVER,
+        lr_decay_style="constant",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=FOREVER,
+        wd_incr_style="constant",
+        # on resume the settings are the config's, the count of steps the checkpoint's
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return optimizer, scheduler

@@ -1,0 +1,83 @@
+"""The supervised warm start: packed sequences, loss on answer tokens only, same policy, same checkpoints as `train`."""
+
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from megatron_nft import batching, objectives, policy, prompts
+from megatron_nft.config import Config, save
+from megatron_nft.errors import UserError
+from megatron_nft.logbook import Logbook
+from megatron_nft.policy import checkpoint
+from megatron_nft.trainer import find_checkpoint
+
+
+def sft(config: Config) -> None:
+    """Train config.model.path on config.sft.data, mean negative log-likelihood of the answer tokens, and export the result."""
+    resume_from = find_checkpoint(config)
+    examples = load_examples(config)
+    topology = policy.initialize(config.parallel, config.seed)
+    model = policy.Policy(config, topology)
+    first_step = model.load(resume_from)["step"] if resume_from else 0
+    run_dir = Path(config.run_dir)
+    if topology.is_first:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save(config, run_dir / "config.yaml")
+    log = Logbook(run_dir, "sft", config.sft.steps, first_step, config.logging, asdict(config), enabled=topology.is_first)
+    log.note(f"{len(examples)} examples; {policy.model.kernels()}")
+    for step in range(first_step + 1, config.sft.steps + 1):
+        with log.stage("batching"):
+            chosen = [examples[i] for i in draw(len(examples), config.sft.sequences_per_update, step, config.seed)]
+            [batches] = model.pack(plan(chosen, config, topology.data_size), dict(enumerate(chosen)))
+        with log.stage("train"):
+            totals = model.update(batches, objectives.likelihood, ["terms_count", "nll_sum"])
+        log.add({f"train/{name}": totals[name] for name in ("loss", "grad_norm", "lr")}, tokens=totals["terms_count"])
+        if step == config.sft.steps or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
+            with log.stage("checkpoint"):
+                model.save(run_dir / "checkpoints" / f"step_{step}", {"step": step})
+                if topology.is_first:
+                    checkpoint.prune(run_dir, config.checkpoint.keep)
+        log.commit(step)
+    if config.checkpoint.export:
+        model.export(run_dir / "huggingface")
+        log.note(f"wrote {run_dir / 'huggingface'}")
+    log.close()
+    policy.shutdown()
+
+
+def load_examples(config: Config) -> list[batching.TrainingAnswer]:
+    """Prompts and worked answers as token ids; the answer ends in the tokenizer's end token. Too long ones are an error."""
+    if not config.sft.data:
+        raise UserError("sft.data is empty", "name at least one file with a question and a solution column")
+    tokenizer = prompts.load_tokenizer(config.model.path)
+    examples = []
+    for dataset in config.sft.data:
+        for row in prompts.load_rows(dataset):
+            if not row.get("solution"):
+                raise UserError(f"row {row['id']} of {dataset.path} has no solution", f"fill column {dataset.solution!r} or set sft.data[].solution")
+            prompt = prompts.encode(row["question"], tokenizer, config.data)
+            response = tokenizer.encode(row["solution"], add_special_tokens=False) + [tokenizer.eos_token_id]
+            examples.append(batching.TrainingAnswer(list(prompt), response, [0.0] * len(response), [1] * len(response), 1.0))
+    return examples
+
+
+def draw(count: int, size: int, step: int, seed: int) -> list[int]:
+    """Numbers of the examples of an update: consecutive pieces of a stream that is reshuffled every epoch."""
+    numbers, order, epoch = [], [], -1
+    for position in range((step - 1) * size, step * size):
+        if position // count != epoch:
+            epoch = position // count
+            order = random.Random(f"{seed}/{epoch}").sample(range(count), count)
+        numbers.append(order[position % count])
+    return numbers
+
+
+def plan(chosen: list[batching.TrainingAnswer], config: Config, data_size: int) -> batching.Plan:
+    """One mini-batch of examples, each its own group, reduced to the mean over answer tokens."""
+    prompt_lengths = np.array([len(e.prompt) for e in chosen])
+    lengths = np.array([len(e.response) for e in chosen])
+    answers = batching.Answers(prompt_lengths, lengths, lengths, np.ones(len(chosen)), n=1)
+    layout = batching.Layout(data_size, config.train.tokens_per_micro_batch, len(chosen))
+    return batching.plan(answers, layout, weight=lambda rate: 1.0, reduction="token-mean", constant=1.0)

@@ -1,0 +1,100 @@
+"""What flows through a step: a Prompt, its sampled Responses, the Group they form, and the packed Batch they become.
+
+torch is named in annotations only, so that the processes which judge answers start without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem, ready to be sent to the sampler."""
+
+    id: str
+    question: str  # as the data set has it
+    answer: str  # the gold answer
+    token_ids: tuple[int, ...]  # the chat template applied, generation prompt included
+    source: str  # name of the data set; chooses the verdict function
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verdict function says of one response."""
+
+    score: float  # in [0, 1]
+    outcome: str  # one of OUTCOMES
+
+
+# no_answer: none found, or none that can be read; timed_out and crashed: the verdict function, not the answer, failed
+OUTCOMES = ("right", "wrong", "no_answer", "timed_out", "crashed")
+
+
+@dataclass
+class Response:
+    """One sampled answer, token ids and log-probs exactly as the sampler gave them (the end token included)."""
+
+    token_ids: list[int]
+    logprobs: list[float]  # log pi_sampler of each token, at the sampling temperature
+    finish_reason: str  # "stop" or "length"
+    weight_version: int  # of the sampler's weights: the number of weight updates before it
+    text: str
+    loss_mask: list[int] | None = None  # None: every token counts
+    verdict: Verdict | None = None
+    penalty: float = 0.0  # e.g. overlong; kept apart from the verdict
+
+    def mask(self) -> list[int]:
+        """The per-token loss mask, all ones where none was set."""
+        return [1] * len(self.token_ids) if self.loss_mask is None else self.loss_mask
+
+
+@dataclass
+class Group:
+    """One prompt with its K responses."""
+
+    prompt: Prompt
+    responses: list[Response] = field(default_factory=list)
+    position: int = 0  # of the prompt in the rollout step: the order of training, whichever engine sampled the group
+
+    @property
+    def correct_rate(self) -> float:
+        """r̂, the mean verdict of the K responses."""
+        return sum(response.verdict.score for response in self.responses) / len(self.responses)
+
+    @property
+    def is_mixed(self) -> bool:
+        """0 < r̂ < 1: the only groups an objective learns from."""
+        return 0.0 < self.correct_rate < 1.0
+
+
+@dataclass
+class Batch:
+    """One packed micro-batch of one rank: answers laid end to end, padded at the tail to a fixed token count.
+
+    Token t predicts target t; the per-token fields belong to that prediction and are zero where `loss_mask` is.
+    All tensors are [tokens] unless said otherwise; floats are float32.
+    """
+
+    tokens: torch.Tensor  # int64
+    targets: torch.Tensor  # int64: the next token
+    positions: torch.Tensor  # int64, from 0 in every answer
+    cu_seqlens: torch.Tensor  # int32 [answers + 2]: starts of the answers, of the padding, and the end
+    loss_mask: torch.Tensor  # 1 where the target is a sampled token that counts
+    answer_index: torch.Tensor  # int64: number of the answer within this micro-batch; padding: the number of answers
+    verdict: torch.Tensor  # r of the token's answer, in [0, 1]
+    correct_rate: torch.Tensor  # r̂ of the token's group
+    weight: torch.Tensor  # prompt weight w(q)
+    scale: torch.Tensor  # 1 / denominator of the reduction, over the whole mini-batch
+    sampler_logprobs: torch.Tensor
+    old_logprobs: torch.Tensor
+    answers: list[int]  # their numbers in the rollout step, in packing order
+
+    @property
+    def max_seqlen(self) -> int:
+        """Length of the longest answer (or of the padding) in tokens."""
+        return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())

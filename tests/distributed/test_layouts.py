@@ -1,0 +1,65 @@
+"""The same mini-batches give the same losses, gradients and parameters under every layout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import run_ranks, tiny_model
+
+WORKER = Path(__file__).with_name("update_worker.py")
+# adam_eps 1 and lr 1: the first update is -g / (|g| + 1), so parameters differ by what gradients differ, near-zero ones included
+CONFIG = """
+run_dir: unused
+model: {path: PATH}
+train: {prompts_per_update: 2, tokens_per_micro_batch: 64}
+rollout: {n: 4, prompts_per_step: 4}
+objective: {reduction_constant: 100.0}
+optimizer: {lr: 1.0, adam_eps: 1.0, clip_grad: 1.0, weight_decay: 0.01}
+"""
+
+
+def run(tmp_path: Path, model: Path, ranks: int, *overrides: str) -> dict:
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.replace("PATH", str(model)))
+    output = tmp_path / "out.pt"
+    run_ranks(WORKER, ranks, {"config": str(config), "overrides": list(overrides), "output": str(output)}, tmp_path)
+    return torch.load(output)
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def model(request, tmp_path_factory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"), tie=request.param == "tied")
+
+
+@pytest.fixture(scope="module")
+def single(model, tmp_path_factory) -> dict:
+    return run(tmp_path_factory.mktemp("single"), model, 1)
+
+
+TP2, PP2, SP = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2", "parallel.sequence_parallel=true"
+LAYOUTS = {
+    "small micro-batches": (1, ["train.tokens_per_micro_batch=36"]),
+    "recompute": (1, ["train.recompute_granularity=full"]),
+    "TP2": (2, [TP2]),
+    "TP2 SP": (2, [TP2, SP]),
+    "PP2": (2, [PP2]),
+    "DP2": (2, []),
+    "TP2 PP2": (4, [TP2, PP2]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_one_rank(layout, model, single, tmp_path):
+    """Losses and gradient norms to 1e-5 relative, parameters to 2e-6 (float32 sums in another order)."""
+    ranks, overrides = LAYOUTS[layout]
+    got = run(tmp_path, model, ranks, *overrides)
+    for name, tensor in single["before"].items():
+        assert torch.equal(got["before"][name], tensor), name
+    assert got["old"] == pytest.approx(single["old"], rel=1e-5)
+    for mine, reference in zip(got["updates"], single["updates"]):
+        assert mine == pytest.approx(reference, rel=1e-5, abs=1e-7)
+    assert len(single["updates"]) == 2 and single["updates"][0]["grad_norm"] > 0.1
+    for name, tensor in single["after"].items():
+        assert not torch.equal(tensor, single["before"][name]), f"{name} was not trained"
+        torch.testing.assert_close(got["after"][name], tensor, rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,39 @@
+"""Runs old log-probs and updates of a fixed rollout under some layout, and writes what came out (rank 0)."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron_nft import batching, objectives, policy
+from megatron_nft.config import Config, load
+from megatron_nft.policy import exchange
+from tests.support import made_up_groups
+
+
+def main() -> None:
+    arguments = json.loads(Path(sys.argv[1]).read_text())
+    config: Config = load(arguments["config"], arguments["overrides"])
+    topology = policy.initialize(config.parallel, config.seed)
+    model = policy.Policy(config, topology)
+    before = {name: tensor.clone() for name, tensor in model.weights()}
+    # every rank holds some groups, as its engine would have sampled them
+    groups = made_up_groups()[topology.rank :: topology.world_size]
+    answers, numbers = exchange.table(groups, 4)
+    layout = batching.Layout(topology.data_size, config.train.tokens_per_micro_batch, config.train.prompts_per_update)
+    plan = batching.plan(answers, layout, lambda rate: 1 - rate, config.objective.reduction, config.objective.reduction_constant)
+    mini_batches = model.receive(groups, numbers, plan)
+    out = {"old": model.fill_old_logprobs([b for batches in mini_batches for b in batches]), "updates": [], "before": before}
+    objective = partial(objectives.nft, settings=config.objective)
+    for batches in mini_batches:
+        out["updates"].append(model.update(batches, objective, objectives.METRICS))
+    out["after"] = {name: tensor.clone() for name, tensor in model.weights()}
+    if topology.is_first:
+        torch.save(out, arguments["output"])
+    policy.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What several tests need: tiny models, made-up rollouts, and a launcher of gloo ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_nft.trajectories import Group, Prompt, Response, Verdict
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB = 101  # divisible by nothing, so that tensor parallelism has to pad it
+
+
+def tiny_model(directory: Path, family: str = "qwen2", tie: bool = True, dtype=torch.float32, seed: int = 0, **changes) -> Path:
+    """A random model of 4 layers as a Hugging Face directory, without tokenizer; weights large enough to have sharp opinions."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tie,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        **changes,
+    }
+    torch.manual_seed(seed)
+    config, model = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[family]
+    made = model(config(**settings)).to(dtype)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.ndim == 1:  # norms are made 1 and biases 0: an error in their place would not show
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    made.save_pretrained(directory)
+    return directory
+
+
+def made_up_groups(prompts: int = 4, n: int = 4, seed: int = 0, vocab: int = VOCAB) -> list[Group]:
+    """Mixed groups of uneven random answers, with sampler log-probs that are off."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=g))
+
+    groups = []
+    for p in range(prompts):
+        ids = tuple(torch.randint(2, vocab, (draw(2, 9),), generator=g).tolist())
+        right = draw(1, n)
+        responses = []
+        for k in range(n):
+            length = draw(1, 24)
+            tokens = torch.randint(2, vocab, (length,), generator=g).tolist()
+            logprobs = (-5 * torch.rand(length, generator=g)).tolist()
+            verdict = Verdict(float(k < right), "right" if k < right else "wrong")
+            responses.append(Response(tokens, logprobs, "stop", 0, "", verdict=verdict))
+        groups.append(Group(Prompt(str(p), "", "", ids, "made up"), responses, position=p))
+    return groups
+
+
+def run_ranks(worker: Path, ranks: int, arguments: dict, tmp_path: Path, timeout: float = 300) -> None:
+    """Run a worker script on gloo ranks as torchrun would; its one argument is a JSON file. Fails with the ranks' output."""
+    file = tmp_path / "arguments.json"
+    file.write_text(json.dumps(arguments))
+    command = [sys.executable, str(worker), str(file)]
+    if ranks > 1:
+        command[1:1] = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0", "--rdzv-backend=c10d",
+                        "--rdzv-endpoint=127.0.0.1:0"]  # fmt: skip
+        command.remove("--master-port=0")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, f"{ranks} ranks failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"

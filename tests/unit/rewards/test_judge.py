@@ -1,0 +1,207 @@
+"""The judge with real worker processes: deadlines, deaths, counts, and what a worker is made of."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import wait
+
+import pytest
+
+from megatron_nft.errors import UserError
+from megatron_nft.rewards import Judge
+from megatron_nft.trajectories import Prompt
+
+USER = '''
+import os, subprocess, sys, time
+
+def score(response, answer):
+    print("a function may print")
+    if response == "sleep":
+        time.sleep(60)
+    if response == "die":
+        os._exit(3)
+    if response == "leave":
+        sys.exit(1)
+    if response == "raise":
+        raise ValueError("no good")
+    if response == "child":
+        child = subprocess.Popen(["sleep", "60"])
+        open(answer, "w").write(str(child.pid))
+        time.sleep(60)
+    if response == "read":
+        return float(sys.stdin.read() == "")
+    if response == "memory":
+        return float(len(bytearray(64 << 30)) > 0)
+    if response == "modules":
+        return float(not {"torch", "vllm", "megatron", "transformers", "sympy"} & set(sys.modules))
+    if response == "once":
+        open(answer, "a").write("x")
+        return 1.0
+    return float(response)
+'''
+
+
+def prompt(answer="7", source="sums"):
+    return Prompt("1", "3+4?", answer, (), source)
+
+
+@pytest.fixture(scope="module")
+def user_function(tmp_path_factory):
+    path = tmp_path_factory.mktemp("user") / "mine.py"
+    path.write_text(USER)
+    return f"{path}:score"
+
+
+@pytest.fixture(scope="module")
+def judge(user_function):
+    with Judge({"mine": user_function, "default": None}, "math_verify", workers=2, time_limit=1) as judge:
+        yield judge
+
+
+def outcome(judge, response, answer="7", source="mine"):
+    return judge.submit(response, prompt(answer, source)).result(timeout=30).outcome
+
+
+def is_running(pid):
+    """Whether the process exists and is not a zombie that nobody has reaped."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def ends_within(pid, seconds):
+    deadline = time.monotonic() + seconds
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not is_running(pid)
+
+
+def test_the_source_chooses_the_function(judge):
+    assert judge.submit("0.25", prompt(source="mine")).result(30).score == 0.25
+    for source in ("default", "anything"):
+        assert outcome(judge, r"\boxed{0.5}", r"\frac12", source) == "right"
+
+
+@pytest.mark.parametrize("bomb", [r"\boxed{9^{9^{9^9}}}", r"\boxed{9^{9^9}}", rf"\boxed{{{'(' * 300}1{')' * 300}}}"])
+def test_a_bomb_is_killed_at_the_limit_and_the_pool_works_on(judge, bomb):
+    start = time.monotonic()
+    assert outcome(judge, bomb, r"\frac12", "sums") == "timed_out"
+    assert time.monotonic() - start < 5
+    futures = [judge.submit(rf"\boxed{{\frac{{{n}}}{{97}}}}", prompt(r"\frac{3}{97}")) for n in range(8)]
+    assert [future.result(30).score for future in futures] == [0, 0, 0, 1, 0, 0, 0, 0]
+
+
+def test_a_function_that_sleeps_dies_leaves_or_raises_costs_one_answer_each(judge, caplog):
+    judge.take_counts()
+    futures = {name: judge.submit(name, prompt(source="mine")) for name in ("sleep", "die", "leave", "raise", "1", "0")}
+    wait(futures.values(), timeout=30)
+    assert {name: future.result().outcome for name, future in futures.items()} == {
+        "sleep": "timed_out", "die": "crashed", "leave": "crashed", "raise": "crashed", "1": "right", "0": "wrong",
+    }  # fmt: skip
+    assert all(future.result().score == 0 for name, future in futures.items() if name != "1")
+    assert judge.take_counts() == {"right": 1, "wrong": 1, "no_answer": 0, "timed_out": 1, "crashed": 3}
+    assert judge.take_counts() == dict.fromkeys(judge.counts, 0)
+    assert len([record for record in caplog.records if "crashed" in record.getMessage()]) <= 1  # said once, then only counted
+
+
+def test_the_first_crash_says_where(user_function, caplog):
+    with Judge({}, user_function, workers=1, time_limit=5) as judge:
+        assert outcome(judge, "raise") == "crashed"
+    assert "ValueError: no good" in caplog.text and "mine.py:" in caplog.text
+
+
+def test_what_the_function_started_is_killed_with_it(judge, tmp_path):
+    note = tmp_path / "pid"
+    assert outcome(judge, "child", str(note)) == "timed_out"
+    assert ends_within(int(note.read_text()), 5)
+
+
+def test_a_number_outside_0_to_1_is_a_user_error(judge):
+    with pytest.raises(UserError, match=r"returned '1.5' .float.: let it return a number from 0 to 1"):
+        judge.submit("1.5", prompt(source="mine")).result(30)
+    assert outcome(judge, "1") == "right"
+
+
+def test_a_worker_is_light_bounded_in_memory_and_cut_off_from_the_input(judge, user_function):
+    assert outcome(judge, "read") == "right"
+    assert outcome(judge, "memory") == "crashed"
+    with Judge({}, user_function, workers=1, time_limit=5) as light:
+        assert outcome(light, "modules") == "right"
+
+
+def test_equal_answers_are_judged_once_and_counted_each_time(user_function, tmp_path):
+    note = tmp_path / "calls"
+    with Judge({}, user_function, workers=2, time_limit=5) as judge:
+        futures = [judge.submit("once", prompt(str(note))) for _ in range(20)]
+        assert {future.result(30).score for future in futures} == {1.0}
+        assert judge.take_counts()["right"] == 20
+    assert note.read_text() == "x"
+
+
+def test_text_of_any_kind_gets_through(judge):
+    assert outcome(judge, "\ud800 \u2028 \n\x00 0", "7") == "crashed"  # float() of it raises in the function, not in the pipe
+    assert outcome(judge, " 1\n") == "right"
+    assert outcome(judge, "0" * 300_000) == "wrong"  # longer than the pipe's buffer
+
+
+def test_strict_box_needs_no_worker_and_is_fast():
+    with Judge({}, "strict_box", workers=2, time_limit=2) as judge:
+        assert judge._workers == []
+        start = time.perf_counter()
+        for n in range(5000):
+            judge.submit("first we add, " * 50 + rf"\boxed{{{n}}}", prompt())
+        assert time.perf_counter() - start < 2.5  # 2,000 a second
+        assert judge.take_counts() == {"right": 1, "wrong": 4999, "no_answer": 0, "timed_out": 0, "crashed": 0}
+
+
+def test_a_name_that_does_not_resolve_is_a_user_error_at_construction(user_function):
+    with pytest.raises(UserError, match="has no function best"):
+        Judge({"sums": user_function.replace(":score", ":best")}, "strict_box", workers=2, time_limit=2)
+    with pytest.raises(UserError, match="there is no verdict function 'boxed'"):
+        Judge({}, "boxed", workers=1, time_limit=2)
+
+
+def test_close_cancels_what_waits_and_ends_the_workers(user_function):
+    judge = Judge({}, user_function, workers=1, time_limit=1)
+    pids = [worker._process.pid for worker in judge._workers]
+    running, *waiting = [judge.submit("sleep", prompt(str(n))) for n in range(4)]
+    start = time.monotonic()
+    while not running.done() and time.monotonic() - start < 0.3:
+        time.sleep(0.01)
+    judge.close()
+    assert running.result(5).outcome == "timed_out" and all(future.cancelled() for future in waiting)
+    assert all(ends_within(pid, 5) for pid in pids)
+
+
+def test_a_worker_killed_while_idle_is_replaced(user_function):
+    with Judge({}, user_function, workers=1, time_limit=5) as judge:
+        os.kill(judge._workers[0]._process.pid, signal.SIGKILL)
+        judge._workers[0]._process.wait()
+        assert outcome(judge, "1") == "right"
+
+
+def test_workers_die_with_a_parent_that_is_killed(user_function):
+    program = (
+        "import time\n"
+        "from megatron_nft.rewards import Judge\nfrom megatron_nft.trajectories import Prompt\n"
+        f"judge = Judge({{}}, {user_function!r}, workers=2, time_limit=100)\n"
+        "judge.submit('sleep', Prompt('1', 'q', 'a', (), 's'))\n"
+        "time.sleep(0.3)\n"
+        "print(*[worker._process.pid for worker in judge._workers], flush=True)\ntime.sleep(60)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        pids = list(map(int, parent.stdout.readline().split()))
+        assert len(pids) == 2 and all(map(is_running, pids))
+        parent.kill()
+        assert all(ends_within(pid, 5) for pid in pids)
+
+
+def test_importing_the_rewards_needs_no_heavy_module():
+    check = "import sys, megatron_nft.rewards; print(sorted({'torch', 'sympy', 'numpy', 'vllm', 'megatron', 'transformers'} & set(sys.modules)))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    assert subprocess.check_output([sys.executable, "-c", check], text=True, env=environment).strip() == "[]"

@@ -1,0 +1,51 @@
+"""Symbolic equivalence. The cases are cheap and harmless, so they run in the test's own process."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_nft.rewards.symbolic import math_verify
+
+REAL = Path(os.environ.get("MEGATRON_NFT_DATA", Path(__file__).parents[4] / "shared" / "data"))
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "outcome"),
+    [
+        (r"\boxed{0.5}", r"\frac12", "right"),
+        (r"\boxed{\dfrac{2}{4}}", r"$\frac{1}{2}$", "right"),
+        (r"\boxed{2\sqrt{2}}", r"\sqrt 8", "right"),
+        (r"\boxed{1,000}", "1000", "right"),
+        (r"\boxed{\$57,500}", "57,500", "right"),
+        (r"\boxed{(2,5]}", r"2<x\le 5", "right"),
+        (r"\boxed{2<x\le 5}", "(2,5]", "right"),
+        (r"\boxed{\text{Evelyn}}", "Evelyn", "right"),
+        (r"\boxed{25}", "025", "right"),
+        (r"\boxed{\frac13}", r"\frac12", "wrong"),
+        (r"\boxed{3} no, \boxed{4}", "3", "wrong"),
+        (r"\boxed{\frac12} and \boxed{\frac13}", r"\frac12, \frac13", "wrong"),  # the boxes are not joined into a set
+        (r"\boxed{\text{Tuesday}}", r"\text{Evelyn}", "wrong"),
+        (r"the answer is \frac12", r"\frac12", "no_answer"),
+        ("the answer is 12", "12", "no_answer"),
+        (r"\boxed{}", r"\frac12", "no_answer"),
+        (r"\boxed{@@}", r"\frac12", "no_answer"),
+    ],
+)
+def test_verdict(response, gold, outcome):
+    assert math_verify(response, gold).outcome == outcome
+
+
+def test_the_box_is_looked_for_in_the_whole_response():
+    assert math_verify(r"\boxed{0.5}" + " and so on" * 1000, r"\frac12").outcome == "right"
+
+
+@pytest.mark.skipif(not (REAL / "math500.jsonl").exists(), reason="the real data is not on this machine")
+@pytest.mark.parametrize("name", ["math500", "olympiadbench", "minerva_math", "aime24"])
+def test_every_gold_of_a_benchmark_is_right_and_its_neighbours_gold_mostly_wrong(name):
+    rows = [json.loads(line) for line in (REAL / f"{name}.jsonl").read_text().splitlines()]
+    golds = [row["answer"] for row in rows[:: max(1, len(rows) // 40)]]
+    assert [gold for gold in golds if math_verify(rf"\boxed{{{gold}}}", gold).score != 1.0] == []
+    taken_as_right = [pair for pair in zip(golds, golds[1:], strict=False) if math_verify(rf"\boxed{{{pair[0]}}}", pair[1]).score == 1.0]
+    assert len(taken_as_right) <= len(golds) // 10

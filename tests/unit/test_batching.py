@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+
+from megatron_nft.batching import Answers, Layout, TrainingAnswer, pack, plan
+from megatron_nft.errors import UserError
+
+
+def make_answers(groups=6, n=4, seed=0, longest=40) -> Answers:
+    rng = np.random.default_rng(seed)
+    prompts = np.repeat(rng.integers(3, 12, groups), n)
+    responses = rng.integers(1, longest, groups * n)
+    verdicts = rng.integers(0, 2, groups * n).astype(float)
+    return Answers(prompts, responses, responses.copy(), verdicts, n)
+
+
+def make_plan(answers, data=2, tokens=64, prompts=2, reduction="constant", constant=1000.0, **kwargs):
+    return plan(answers, Layout(data, tokens, prompts), weight=lambda rate: 1 - rate, reduction=reduction, constant=constant, **kwargs)
+
+
+@pytest.mark.parametrize("data", [1, 2, 3, 8])
+def test_every_answer_is_placed_once_and_fits(data):
+    answers = make_answers()
+    made = make_plan(answers, data=data)
+    assert [mini.answers for mini in made.mini_batches] == [list(range(start, start + 8)) for start in (0, 8, 16)]
+    for mini in made.mini_batches:
+        assert len(mini.micro_batches) == data
+        assert len({len(batches) for batches in mini.micro_batches}) == 1, "every rank runs equally many micro-batches"
+        for batches in mini.micro_batches:
+            assert all(sum(answers.lengths[a] for a in batch) <= 64 for batch in batches)
+
+
+def test_rates_weights_and_scales_do_not_depend_on_the_layout():
+    answers = make_answers()
+    one, many = make_plan(answers, data=1, tokens=512), make_plan(answers, data=4, tokens=52)
+    for name in ("correct_rates", "weights", "scales"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(many, name))
+    np.testing.assert_allclose(one.correct_rates[:4], answers.verdicts[:4].mean())
+    np.testing.assert_allclose(one.weights, 1 - one.correct_rates)
+
+
+def test_denominators_are_over_the_whole_mini_batch():
+    answers = make_answers()
+    tokens = answers.response_lengths
+    np.testing.assert_allclose(make_plan(answers, constant=500.0).scales, 1 / 500)
+    token_mean = make_plan(answers, reduction="token-mean").scales
+    np.testing.assert_allclose(token_mean[:8], 1 / tokens[:8].sum())
+    sequence_mean = make_plan(answers, reduction="sequence-mean").scales
+    np.testing.assert_allclose(sequence_mean, 1 / (8 * tokens))
+    np.testing.assert_allclose(make_plan(answers, reduction="sequence-mean", per_sequence=True).scales, 1 / 8)
+
+
+def test_balance_and_fill():
+    answers = make_answers(groups=64, n=8, longest=100)
+    mini = make_plan(answers, data=4, tokens=1024, prompts=64).mini_batches[0]
+    loads = [sum(answers.lengths[a] for batch in batches for a in batch) for batches in mini.micro_batches]
+    assert max(loads) - min(loads) <= 100
+    assert mini.fill > 0.9
+
+
+def test_more_replicas_than_answers_leaves_empty_micro_batches():
+    answers = make_answers(groups=1, n=2)
+    mini = make_plan(answers, data=4, prompts=1).mini_batches[0]
+    assert sorted(len(batches[0]) for batches in mini.micro_batches) == [0, 0, 1, 1]
+
+
+def test_an_answer_longer_than_the_budget_is_a_user_error():
+    with pytest.raises(UserError, match="tokens_per_micro_batch is 16"):
+        make_plan(make_answers(), tokens=16)
+
+
+def test_pack_lays_answers_end_to_end():
+    made = make_plan(Answers(np.array([2, 3]), np.array([3, 2]), np.array([2, 2]), np.array([1.0, 0.0]), 2), data=1, tokens=16, prompts=1)
+    answers = {
+        0: TrainingAnswer([1, 2], [3, 4, 5], [-0.1, -0.2, -0.3], [1, 0, 1], 1.0),
+        1: TrainingAnswer([6, 7, 8], [9, 10], [-0.4, -0.5], [1, 1], 0.0),
+    }
+    batch = pack([0, 1], answers, made, tokens=16)
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10] + [0] * 6
+    assert batch.cu_seqlens.tolist() == [0, 5, 10, 16] and batch.max_seqlen == 6
+    assert batch.positions.tolist()[:10] == [0, 1, 2, 3, 4] * 2
+    # position 1 (the last prompt token) predicts the first response token
+    assert batch.loss_mask.tolist() == [0, 1, 0, 1, 0, 0, 0, 1, 1, 0] + [0] * 6
+    counted = batch.loss_mask.bool()
+    assert batch.targets[counted].tolist() == [3, 5, 9, 10]
+    torch.testing.assert_close(batch.sampler_logprobs[counted], torch.tensor([-0.1, -0.3, -0.4, -0.5]))
+    assert batch.verdict[counted].tolist() == [1, 1, 0, 0]
+    assert batch.correct_rate[counted].tolist() == [0.5] * 4
+    assert batch.answer_index.tolist() == [0] * 5 + [1] * 5 + [2] * 6
+
+
+def test_pack_of_nothing_is_all_padding():
+    batch = pack([], {}, make_plan(make_answers()), tokens=8)
+    assert batch.loss_mask.sum() == 0 and batch.cu_seqlens.tolist() == [0, 8]
