@@ -148,7 +148,8 @@ def _column(raw: dict[str, Any], name: str, where: str) -> Any:
     """The value of a column that must be there."""
     value = _reach(raw, name)
     if value is _ABSENT:
-        raise UserError(f"{where} has no column {name}; it has {', '.join(_names(raw))}", "set question and answer of the data set to its columns")
+        raise UserError(f"{where} has no column {name}; it has {', '.join(_names(raw))}",
+                        "set question and answer of the data set to its columns")  # fmt: skip
     return value
 
 

@@ -57,9 +57,10 @@ def load_examples(config: Config) -> list[batching.TrainingAnswer]:
         for row in prompts.load_rows(dataset):
             if not row.get("solution"):
                 raise UserError(f"row {row['id']} of {dataset.path} has no solution", f"fill column {dataset.solution!r} or set sft.data[].solution")
-            prompt = prompts.encode(row["question"], tokenizer, config.data)
+            text = prompts.chat_text(row["question"], tokenizer, config.data, row.get("turns", ()))
+            prompt = tokenizer.encode(text, add_special_tokens=False)
             response = tokenizer.encode(row["solution"], add_special_tokens=False) + [tokenizer.eos_token_id]
-            examples.append(batching.TrainingAnswer(list(prompt), response, [0.0] * len(response), [1] * len(response), 1.0))
+            examples.append(batching.TrainingAnswer(prompt, response, [0.0] * len(response), [1] * len(response), 1.0))
     return examples
 
 

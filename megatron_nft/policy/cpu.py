@@ -75,4 +75,5 @@ def _redirect_megatron() -> None:
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     optimizer.Adam = Adam
     optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.Adam = Adam
     distrib_optimizer.HAVE_APEX_OR_TE = True

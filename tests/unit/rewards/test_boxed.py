@@ -36,7 +36,8 @@ def test_last_boxed(text, content):
 
 
 CONTENT = st.recursive(
-    st.sampled_from(["1", "x", r"\frac", r"\{", " "]), lambda part: part.map(lambda text: f"{{{text}}}") | st.tuples(part, part).map("".join)
+    st.sampled_from(["1", "x", r"\frac", r"\{", " "]),
+    lambda part: part.map(lambda text: f"{{{text}}}") | st.tuples(part, part).map("".join),
 )
 
 

@@ -13,7 +13,7 @@ from megatron_nft.errors import UserError
 from megatron_nft.rewards import Judge
 from megatron_nft.trajectories import Prompt
 
-USER = '''
+USER = """
 import os, subprocess, sys, time
 
 def score(response, answer):
@@ -40,7 +40,7 @@ def score(response, answer):
         open(answer, "a").write("x")
         return 1.0
     return float(response)
-'''
+"""
 
 
 def prompt(answer="7", source="sums"):
@@ -202,6 +202,7 @@ def test_workers_die_with_a_parent_that_is_killed(user_function):
 
 
 def test_importing_the_rewards_needs_no_heavy_module():
-    check = "import sys, megatron_nft.rewards; print(sorted({'torch', 'sympy', 'numpy', 'vllm', 'megatron', 'transformers'} & set(sys.modules)))"
+    heavy = {"torch", "sympy", "numpy", "vllm", "megatron", "transformers"}
+    check = f"import sys, megatron_nft.rewards; print(sorted({heavy} & set(sys.modules)))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     assert subprocess.check_output([sys.executable, "-c", check], text=True, env=environment).strip() == "[]"

@@ -1,0 +1,189 @@
+"""From data sets to Prompts: rows of a file or of the hub, the chat template, the filters, and the cursor that training reads from."""
+
+import hashlib
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_nft.config import DataConfig, DatasetConfig
+from megatron_nft.errors import UserError
+from megatron_nft.rows import dataset_name, load_rows
+from megatron_nft.trajectories import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Cursor", "PromptSet", "chat_text", "dataset_name", "load_prompts", "load_rows", "load_tokenizer"]
+
+
+@dataclass
+class PromptSet:
+    """Prompts in the order of the data, and how many rows were dropped for what reason."""
+
+    prompts: list[Prompt]
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self.prompts[index]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all questions and golds in their order. Chat template and instruction are not part of it."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(json.dumps([prompt.id, prompt.source, prompt.question, prompt.answer]).encode())
+        return digest.hexdigest()[:16]
+
+
+def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a Hugging Face directory. Raises UserError when there is none, or it has no chat template."""
+    from transformers import AutoTokenizer
+
+    if not Path(path).is_dir():
+        raise UserError(f"no model directory at {path}", "set model.path to a Hugging Face directory")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} has no tokenizer that can be loaded ({_first_line(error)})",
+                        "copy tokenizer.json and tokenizer_config.json of the model into it") from None  # fmt: skip
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer in {path} has no chat template", "add chat_template.jinja to the directory")
+    return tokenizer
+
+
+def load_prompts(datasets: list[DatasetConfig], tokenizer: "PreTrainedTokenizerBase", data: DataConfig) -> PromptSet:
+    """All data sets as one PromptSet. Prompt ids are `set/row id`.
+
+    Dropped and counted: `empty` (no question or no gold), `conflicting` (equal questions, spaces apart, whose golds differ),
+    `duplicate` (all but the first of equal questions), `too_long` (over data.max_prompt_length tokens).
+    Raises UserError when nothing is left.
+    """
+    _check_names(datasets)
+    rows = [row | {"source": dataset_name(dataset)} for dataset in datasets for row in load_rows(dataset)]
+    kept, dropped = _filter(rows)
+    texts = [chat_text(row["question"], tokenizer, data, row.get("turns", ())) for row in kept]
+    token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    prompts = [
+        Prompt(f"{row['source']}/{row['id']}", row["question"], row["answer"], tuple(ids), row["source"])
+        for row, ids in zip(kept, token_ids, strict=True)
+        if len(ids) <= data.max_prompt_length
+    ]
+    dropped["too_long"] = len(kept) - len(prompts)
+    if not prompts:
+        counts = ", ".join(f"{reason} {number}" for reason, number in dropped.items())
+        raise UserError(f"no usable prompts among the {len(rows)} rows of {', '.join(d.path for d in datasets)} ({counts})",
+                        "check the columns, or raise data.max_prompt_length")  # fmt: skip
+    return PromptSet(prompts, dropped)
+
+
+def chat_text(question: str, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, turns: Sequence[dict] = ()) -> str:
+    """The text that the model continues: system, earlier turns, the question with the instruction below it, generation prompt.
+
+    It holds all special tokens, so encode it with add_special_tokens=False. data.system replaces a system turn of the data.
+    Raises UserError when the chat template refuses the conversation.
+    """
+    from jinja2 import TemplateError
+
+    user = f"{question}\n{data.instruction}" if data.instruction else question
+    system = [] if data.system is None else [{"role": "system", "content": data.system}]
+    earlier = [turn for turn in turns if not (system and turn["role"] == "system")]
+    messages = [*system, *earlier, {"role": "user", "content": user}]
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(f"the chat template refuses a conversation of {roles} ({_first_line(error)})",
+                        "leave data.system unset, or mend the template") from None  # fmt: skip
+
+
+def _check_names(datasets: list[DatasetConfig]) -> None:
+    """Names are the sources of prompts and choose their verdict functions, so each may stand once."""
+    if not datasets:
+        raise UserError("no data set is given", "list one or more, e.g. under data.train: path, question, answer")
+    name, number = Counter(map(dataset_name, datasets)).most_common(1)[0]
+    if number > 1:
+        raise UserError(f"{number} data sets have the name {name}", "give each its own `name`")
+
+
+def _filter(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Rows with a question and a gold, each question once, and the counts of the others."""
+    dropped = {"empty": 0, "conflicting": 0, "duplicate": 0}
+    golds = defaultdict(set)
+    for row in rows:
+        golds[_key(row)].add(row["answer"])
+    kept, seen = [], set()
+    for row in rows:
+        question = _key(row)
+        if not question or not row["answer"]:
+            dropped["empty"] += 1
+        elif len(golds[question] - {""}) > 1:
+            dropped["conflicting"] += 1
+        elif question in seen:
+            dropped["duplicate"] += 1
+        else:
+            seen.add(question)
+            kept.append(row)
+    return kept, dropped
+
+
+def _key(row: dict[str, Any]) -> str:
+    """What makes two questions equal: their text, however it is spaced."""
+    return " ".join(row["question"].split())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class Cursor:
+    """Hands out prompts without end, epoch after epoch; with `shuffle` each epoch has an order of its own, given by (seed, epoch).
+
+    Its state is two numbers, so a cursor restored from a checkpoint goes on exactly where the saved one stood.
+    """
+
+    def __init__(self, prompts: PromptSet, seed: int, shuffle: bool = True):
+        self.prompts, self.seed, self.shuffle = prompts, seed, shuffle
+        self.epoch, self.position = 0, 0
+        self._order = self._make_order()
+
+    def take(self, n: int) -> list[Prompt]:
+        """The next n prompts; at the end of an epoch the next one begins, so n may exceed what is left of it."""
+        taken: list[Prompt] = []
+        while len(taken) < n:
+            if self.position == len(self._order):
+                self.epoch, self.position = self.epoch + 1, 0
+                self._order = self._make_order()
+            part = self._order[self.position : self.position + n - len(taken)]
+            self.position += len(part)
+            taken += [self.prompts[index] for index in part]
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: plain values, fit for JSON."""
+        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "shuffle": self.shuffle,
+                "prompts": len(self.prompts), "fingerprint": self.prompts.fingerprint}  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand where the saved cursor stood, with its seed and its order. Raises UserError when the prompts are not the same."""
+        if state["fingerprint"] != self.prompts.fingerprint:
+            raise UserError(f"the training prompts changed since the checkpoint ({state['prompts']} then, {len(self.prompts)} now; "
+                            f"fingerprint {state['fingerprint']} then, {self.prompts.fingerprint} now)",
+                            "restore the data and data.* settings, or start a new run_dir")  # fmt: skip
+        self.epoch, self.position, self.seed, self.shuffle = (state[key] for key in ("epoch", "position", "seed", "shuffle"))
+        self._order = self._make_order()
+
+    def _make_order(self) -> list[int]:
+        order = list(range(len(self.prompts)))
+        if self.shuffle:
+            random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        return order

@@ -1,0 +1,76 @@
+"""From the name of a verdict function to the function, and from its result to a Verdict."""
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from megatron_nft.errors import UserError
+from megatron_nft.trajectories import OUTCOMES, Verdict
+
+BUILT_IN = {
+    "strict_box": "megatron_nft.rewards.boxed:strict_box",
+    "math_verify": "megatron_nft.rewards.symbolic:math_verify",
+}
+_MEND = f"use {', '.join(BUILT_IN)}, package.module:function or path/to/file.py:function"
+
+VerdictFunction = Callable[[str, str], Verdict | float]
+
+
+def resolve(name: str) -> VerdictFunction:
+    """The function of that name: built in, `package.module:function`, or `path/to/file.py:function`.
+
+    Raises UserError when it cannot be found or loaded, or cannot be called with (response, answer).
+    """
+    where, colon, attribute = BUILT_IN.get(name, name).rpartition(":")
+    if not (where and colon and attribute):
+        raise UserError(f"there is no verdict function {name!r}", _MEND)
+    module = _load(where, name)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        found = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        raise UserError(f"verdict function {name!r}: {where} has no function {attribute}",
+                        f"use one of {', '.join(found)}" if found else "define it there")  # fmt: skip
+    try:
+        inspect.signature(function).bind("response", "answer")
+    except TypeError as error:
+        raise UserError(f"verdict function {name!r} cannot be called with (response, answer) ({error})", "let it take these two") from None
+    return function
+
+
+def _load(where: str, name: str) -> ModuleType:
+    """The module at a path or of a dotted name. Whatever a user's module raises while it loads becomes a UserError."""
+    if where.endswith(".py") and not Path(where).is_file():
+        raise UserError(f"verdict function {name!r}: no file at {where} (in {Path.cwd()})", "mend the path")
+    try:
+        if not where.endswith(".py"):
+            return importlib.import_module(where)
+        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except Exception as error:  # noqa: BLE001 - whatever the user's module raises
+        raise UserError(f"verdict function {name!r}: cannot import {where} ({type(error).__name__}: {error})", _MEND) from None
+
+
+def as_verdict(result: Verdict | float, name: str) -> Verdict:
+    """What a verdict function gave, as a Verdict; a plain number counts as "right" from 0.5.
+
+    Raises UserError for anything but a Verdict or a number in [0, 1].
+    """
+    verdict = result
+    if not isinstance(result, Verdict):
+        if isinstance(result, str) or not hasattr(result, "__float__"):
+            raise _out_of_range(result, name)
+        score = float(result)
+        verdict = Verdict(score, "right" if score >= 0.5 else "wrong")
+    if not (0.0 <= verdict.score <= 1.0 and verdict.outcome in OUTCOMES):
+        raise _out_of_range(result, name)
+    return verdict
+
+
+def _out_of_range(result: object, name: str) -> UserError:
+    return UserError(f"verdict function {name!r} returned {str(result)[:80]!r} ({type(result).__name__})",
+                     "let it return a number from 0 to 1, or a Verdict")  # fmt: skip

@@ -1,0 +1,164 @@
+"""This process's share of a vLLM engine, in the same process as the trainer.
+
+Ranks 0 .. tp - 1 are engine 0, the next tp ranks engine 1, and so on. The engines run in lockstep: `generate`, `sync`, `sleep`,
+`wake` and `gather` must be called by every rank, in the same order, and the ranks of one engine must be given the same requests.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_nft.config import RolloutConfig
+from megatron_nft.errors import UserError
+from megatron_nft.rollout.settings import Request, cpu_arguments, gpu_arguments, sampling_params, set_environment, tame, weight_names
+from megatron_nft.trajectories import Response
+
+
+class Engine:
+    """A vLLM engine under the external launcher: torch.distributed and RANK, LOCAL_RANK, WORLD_SIZE, MASTER_* are set by the caller.
+
+    `index` of `count` engines is this rank's; `is_first` marks the one rank of an engine that hands on its answers;
+    `weight_version` counts the syncs as told by the caller.
+    """
+
+    def __init__(self, model_path: str, rollout: RolloutConfig, max_model_len: int, precision: str, seed: int):
+        """Start the engine with the weights of the Hugging Face directory `model_path`.
+
+        max_model_len is in tokens, prompt and answer together; precision is "fp32" or "bf16"; the seed is the same on every rank.
+        Raises UserError where the world does not divide into engines.
+        """
+        world, rank, tp = dist.get_world_size(), dist.get_rank(), rollout.tensor_parallel_size
+        if world % tp:
+            raise UserError(f"rollout.tensor_parallel_size ({tp}) does not divide the number of processes ({world})",
+                            "use a divisor of it")  # fmt: skip
+        self.count, self.index, self.is_first = world // tp, rank // tp, rank % tp == 0
+        self.weight_version = 0
+        self._on_gpu = torch.cuda.is_available()
+        self._asleep = 0  # vLLM's sleep level
+        self._group = dist.new_group(backend="gloo") if world > 1 else None
+        set_environment(rollout)
+        from vllm import LLM
+
+        self._llm = LLM(
+            model=model_path,
+            dtype={"fp32": "float32", "bf16": "bfloat16"}[precision],
+            seed=seed,
+            distributed_executor_backend="external_launcher",
+            tensor_parallel_size=tp,
+            data_parallel_size=self.count,
+            max_model_len=max_model_len,
+            max_num_seqs=rollout.max_num_seqs,
+            logprobs_mode="processed_logprobs",  # of what was sampled: after temperature and top_p
+            use_tqdm_on_load=False,
+            **(gpu_arguments(rollout) if self._on_gpu else cpu_arguments(rollout, max_model_len)),
+        )
+        self._engine = self._llm.llm_engine
+        tame(self._engine)
+        self._names = weight_names(model_path, tied=self._llm.model_config.hf_config.tie_word_embeddings)
+        self._tokenizer = self._llm.get_tokenizer()
+
+    def generate(self, requests: list[Request], on_finish: Callable[[int, Response], None] | None = None) -> list[Response]:
+        """Sample one Response for each request, in the order of the requests.
+
+        on_finish(index, response) is called the moment a response is done, while others still run.
+        """
+        responses: list[Response | None] = [None] * len(requests)
+
+        def finish(index: int, output: Any) -> None:
+            responses[index] = self._response(output.outputs[0])
+            if on_finish is not None:
+                on_finish(index, responses[index])
+
+        self._run([(request.token_ids, sampling_params(request)) for request in requests], finish)
+        return responses
+
+    def token_logprobs(self, token_ids: list[list[int]]) -> list[list[float]]:
+        """Log-prob of every token given those before it, at temperature 1: one list for each sequence, shorter by one than the sequence."""
+        from vllm import SamplingParams
+
+        results: list[list[float] | None] = [None] * len(token_ids)
+
+        def finish(index: int, output: Any) -> None:
+            rows = zip(token_ids[index][1:], output.prompt_logprobs[1:], strict=True)
+            results[index] = [row[token].logprob for token, row in rows]
+
+        params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        self._run([(ids, params) for ids in token_ids], finish)
+        return results
+
+    def sync(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+        """Load new weights: full tensors under their Hugging Face names, all of them. Wakes a sleeping engine.
+
+        The tensors are taken one at a time, so a stream needs the memory of one. vLLM's own reload keeps repacked and quantised
+        layers right. The prefix cache, filled by the old weights, is emptied. Raises RuntimeError for a stream that leaves tensors out
+        (vLLM itself would keep the old ones and go on).
+        """
+        missing = set(self._names)
+
+        def counted() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in weights:
+                missing.discard(name)
+                yield name, tensor
+
+        if self._asleep:
+            self._engine.wake_up(["weights"])
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": counted()})
+        if missing:
+            raise RuntimeError(f"{len(missing)} tensors are missing from the weight stream, e.g. {min(missing)}")
+        if self._asleep:
+            self._engine.wake_up(["kv_cache"])  # only now: the stream's own buffers are free again
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: answers were still running during a weight sync")
+        self._asleep, self.weight_version = 0, version
+
+    def sleep(self, level: int = 2) -> None:
+        """Give the GPU's memory back between phases: level 2 drops the weights (only sync wakes it), level 1 keeps them on the host."""
+        if self._on_gpu and not self._asleep:
+            self._engine.sleep(level)
+            self._asleep = level
+
+    def wake(self) -> None:
+        """Undo sleep(level=1)."""
+        if self._asleep == 2:
+            raise RuntimeError("an engine asleep at level 2 has no weights: wake it with sync()")
+        if self._asleep:
+            self._engine.wake_up()
+            self._asleep = 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all engines, in their order, on every rank; of an engine's ranks the first one's counts. Any picklable value."""
+        if self._group is None:
+            return [value]
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self._group)
+        return values[:: len(values) // self.count]
+
+    def close(self) -> None:
+        """Free the engine's memory and its groups. torch.distributed stays as it is: it belongs to the caller."""
+        from vllm.distributed.parallel_state import destroy_model_parallel
+
+        self._engine.model_executor.shutdown()  # the engine core's own shutdown would end torch.distributed, too
+        del self._engine, self._llm
+        destroy_model_parallel()
+        gc.unfreeze()  # vLLM freezes what it allocates at start
+        gc.collect()
+
+    def _run(self, requests: list[tuple], finish: Callable[[int, Any], None]) -> None:
+        """Run (token ids, sampling parameters) to the end, on all engines. The loop's condition is a reduction over the engines."""
+        for index, (token_ids, params) in enumerate(requests):
+            self._engine.add_request(str(index), {"type": "token", "prompt_token_ids": list(token_ids)}, params)
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if output.finished:
+                    finish(int(output.request_id), output)
+
+    def _response(self, output: Any) -> Response:
+        """vLLM's output as a Response. Token ids and log-probs are untouched; the text leaves special tokens out."""
+        if output.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended an answer with {output.finish_reason!r}")
+        token_ids = list(output.token_ids)
+        return Response(token_ids, list(output.logprobs.logprobs), output.finish_reason, self.weight_version,
+                        self._tokenizer.decode(token_ids, skip_special_tokens=True))  # fmt: skip

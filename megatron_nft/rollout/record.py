@@ -1,0 +1,83 @@
+"""The record of what was sampled: rollouts/step_N.parquet, one row for each answer, enough to train from again."""
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_nft.trajectories import Group, Prompt, Response, Verdict
+
+
+def rollout_path(run_dir: str | Path, step: int, engine: int = 0, engines: int = 1) -> Path:
+    """Where a step's answers are kept: rollouts/step_N.parquet, and step_N-E.parquet where several engines each write their own."""
+    return Path(run_dir) / "rollouts" / (f"step_{step}.parquet" if engines == 1 else f"step_{step}-{engine}.parquet")
+
+
+def write_rollouts(path: str | Path, step: int, groups: list[Group]) -> None:
+    """Write groups as parquet, complete or not at all (a temporary name, then a rename)."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [_row(step, group.prompt, sample, response) for group in groups for sample, response in enumerate(group.responses)]
+    part = path.with_name(path.name + ".part")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_schema()), part)
+    os.replace(part, path)
+
+
+def read_rollouts(path: str | Path) -> list[Group]:
+    """The groups that write_rollouts wrote, in the same order and to the last bit."""
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(path, schema=_schema()).to_pylist()
+    return list(_groups(rows))
+
+
+def _groups(rows: list[dict]) -> Iterator[Group]:
+    """A group begins wherever the sample number is 0: a prompt may come twice in a step."""
+    starts = itertools.accumulate(row["sample"] == 0 for row in rows)
+    for _, members in itertools.groupby(zip(starts, rows, strict=True), key=lambda pair: pair[0]):
+        own = [row for _, row in members]
+        first = own[0]
+        prompt = Prompt(first["prompt_id"], first["question"], first["answer"], tuple(first["prompt_tokens"]), first["source"])
+        yield Group(prompt, [_response(row) for row in own])
+
+
+def _row(step: int, prompt: Prompt, sample: int, response: Response) -> dict:
+    verdict = response.verdict
+    return {
+        "step": step,
+        "prompt_id": prompt.id,
+        "source": prompt.source,
+        "question": prompt.question,
+        "answer": prompt.answer,
+        "sample": sample,
+        "response": response.text,
+        "verdict": None if verdict is None else verdict.score,
+        "outcome": None if verdict is None else verdict.outcome,
+        "penalty": response.penalty,
+        "finish_reason": response.finish_reason,
+        "weight_version": response.weight_version,
+        "prompt_tokens": prompt.token_ids,
+        "tokens": response.token_ids,
+        "logprobs": response.logprobs,
+        "loss_mask": response.loss_mask,
+    }
+
+
+def _response(row: dict) -> Response:
+    verdict = None if row["outcome"] is None else Verdict(row["verdict"], row["outcome"])
+    return Response(row["tokens"], row["logprobs"], row["finish_reason"], row["weight_version"], row["response"],
+                    row["loss_mask"], verdict, row["penalty"])  # fmt: skip
+
+
+def _schema():
+    import pyarrow as pa
+
+    text, integer, real, tokens = pa.string(), pa.int64(), pa.float64(), pa.list_(pa.int32())
+    return pa.schema({
+        "step": integer, "prompt_id": text, "source": text, "question": text, "answer": text, "sample": integer, "response": text,
+        "verdict": real, "outcome": text, "penalty": real, "finish_reason": text, "weight_version": integer,
+        "prompt_tokens": tokens, "tokens": tokens, "logprobs": pa.list_(pa.float32()), "loss_mask": pa.list_(pa.int8()),
+    })  # fmt: skip

@@ -1,0 +1,198 @@
+"""Dynamic sampling: prompts are drawn until enough groups are mixed (0 < r̂ < 1), the only ones an objective learns from.
+
+Every rank takes the same prompts from its copy of the cursor; prompt i of a draw is answered by engine i mod engines. What is
+kept is decided from rates that all ranks have gathered, so the decision is the same everywhere.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_nft.config import Config
+from megatron_nft.rollout.engine import Engine, Request
+from megatron_nft.trajectories import OUTCOMES, Group, Prompt, Response
+
+if TYPE_CHECKING:
+    from megatron_nft.prompts import Cursor
+    from megatron_nft.rewards.judge import Judge
+
+MARGIN = 1.1  # a further draw asks for a tenth more than the mixed share so far promises ...
+LEAST_SHARE = 0.1  # ... which is taken as no smaller than this
+
+
+@dataclass
+class Rollout:
+    """What one rollout step sampled."""
+
+    groups: list[Group]  # kept, this engine's, in prompt order; empty on ranks that are not their engine's first
+    statistics: dict[str, float]  # over all engines, the same on every rank
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class GroupSummary:
+    """What the other engines learn of a group."""
+
+    position: int  # of the prompt within the step
+    rates: tuple[float, ...]  # the verdicts
+    lengths: tuple[int, ...]  # of the answers, in tokens
+    truncated: int  # answers that ended by length
+    outcomes: Counter
+
+    @property
+    def correct_rate(self) -> float:
+        """r̂."""
+        return sum(self.rates) / len(self.rates)
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed of 63 bits that depends on every part and on nothing else."""
+    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def summarise(position: int, group: Group) -> GroupSummary:
+    """The summary of a judged group."""
+    return GroupSummary(
+        position=position,
+        rates=tuple(response.verdict.score for response in group.responses),
+        lengths=tuple(len(response.token_ids) for response in group.responses),
+        truncated=sum(response.finish_reason == "length" for response in group.responses),
+        outcomes=Counter(response.verdict.outcome for response in group.responses),
+    )
+
+
+def answer(
+    engine: Engine,
+    judge: "Judge | None",
+    prompts: list[Prompt],
+    requests: list[list[Request]],
+    on_finish: Callable[[int, Response], None] | None = None,
+) -> tuple[list[Group], float]:
+    """Sample and judge this engine's prompts; requests[i] are those of prompts[i]. Called by every rank, with or without prompts.
+
+    Verdicts start as answers finish; on_finish(index, response) is called then, too. Returns the groups ([] on a rank that is not
+    its engine's first, which has no judge to ask) and the seconds spent waiting for verdicts when generation had ended.
+    """
+    owner = [i for i, own in enumerate(requests) for _ in own]
+    verdicts: list[Future | None] = [None] * len(owner)
+
+    def submit(index: int, response: Response) -> None:
+        if engine.is_first:
+            verdicts[index] = judge.submit(response.text, prompts[owner[index]])
+        if on_finish is not None:
+            on_finish(index, response)
+
+    responses = engine.generate([request for own in requests for request in own], submit)
+    if not engine.is_first:
+        return [], 0.0
+    begin = time.perf_counter()
+    groups = [Group(prompt) for prompt in prompts]
+    for i, response, verdict in zip(owner, responses, verdicts, strict=True):
+        response.verdict = verdict.result()
+        groups[i].responses.append(response)
+    return groups, time.perf_counter() - begin
+
+
+class Sampler:
+    """The colocated sampler: this rank's engine, the judge of the answers, and the cursor, whose state is all a checkpoint needs.
+
+    The judge may be None on ranks where `engine.is_first` is false.
+    """
+
+    def __init__(self, engine: Engine, judge: "Judge | None", cursor: "Cursor", config: Config):
+        self._engine, self._judge, self._cursor = engine, judge, cursor
+        self._seed, self._rollout, self._prompts_per_update = config.seed, config.rollout, config.train.prompts_per_update
+        self._per_draw = config.rollout.prompts_per_draw or config.rollout.prompts_per_step
+
+    def groups(self, step: int) -> Rollout:
+        """Draw until rollout.prompts_per_step groups are mixed, or max_draws is reached. A collective call.
+
+        Deterministic in (config.seed, step, the cursor) whatever the number of engines.
+        """
+        wanted, count, draws, waited = self._rollout.prompts_per_step, self._per_draw, 0, 0.0
+        own: dict[int, Group] = {}
+        summaries: list[GroupSummary] = []
+        mixed: list[int] = []
+        asked: Counter = Counter()
+        while count and draws < self._rollout.max_draws:
+            groups, seconds = self._draw(step, count, len(summaries), asked)
+            own |= groups
+            gathered = self._engine.gather(([summarise(*item) for item in groups.items()], seconds))
+            summaries += sorted((s for part, _ in gathered for s in part), key=lambda s: s.position)
+            mixed = [s.position for s in summaries if 0.0 < s.correct_rate < 1.0]
+            waited, draws = waited + max(seconds for _, seconds in gathered), draws + 1
+            count = self._next_count(wanted - len(mixed), len(mixed) / len(summaries))
+        kept = mixed[: self._number_kept(len(mixed))]
+        statistics = _statistics(summaries, len(mixed), set(kept)) | {"draws": draws, "reward_seconds": waited}
+        return Rollout([own[position] for position in kept if position in own], statistics, self._warnings(len(kept), draws))
+
+    def sync(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+        """New weights for the engine: a stream of (Hugging Face name, full tensor)."""
+        self._engine.sync(weights, version)
+
+    def _draw(self, step: int, count: int, first: int, asked: Counter) -> tuple[dict[int, Group], float]:
+        """Take `count` prompts and answer this engine's share: {position in the step: group}, and seconds waited for verdicts.
+
+        `asked` numbers the samples: a prompt that comes again within the step (a small data set) gets new answers, not the same.
+        """
+        prompts, numbers = self._cursor.take(count), []
+        for prompt in prompts:
+            numbers.append(asked[prompt.source, prompt.id])
+            asked[prompt.source, prompt.id] += self._rollout.n
+        share = range(self._engine.index, count, self._engine.count)
+        requests = [self._requests(step, prompts[i], numbers[i]) for i in share]
+        groups, seconds = answer(self._engine, self._judge, [prompts[i] for i in share], requests)
+        return {first + i: group for i, group in zip(share, groups, strict=False)}, seconds
+
+    def _requests(self, step: int, prompt: Prompt, first: int) -> list[Request]:
+        """The n requests of a prompt, each with a seed of its own."""
+        rollout = self._rollout
+        return [
+            Request(prompt.token_ids, rollout.temperature, rollout.top_p, rollout.max_tokens,
+                    seed_of(self._seed, step, prompt.source, prompt.id, sample))
+            for sample in range(first, first + rollout.n)
+        ]  # fmt: skip
+
+    def _next_count(self, missing: int, mixed_share: float) -> int:
+        """How many prompts to draw next; 0 when nothing is missing."""
+        return min(math.ceil(MARGIN * max(missing, 0) / max(mixed_share, LEAST_SHARE)), self._per_draw)
+
+    def _number_kept(self, mixed: int) -> int:
+        """Whole mini-batches where there is one at least: an update on a fraction of a mini-batch would be another step size."""
+        kept = min(mixed, self._rollout.prompts_per_step)
+        return kept - kept % self._prompts_per_update if kept >= self._prompts_per_update else kept
+
+    def _warnings(self, kept: int, draws: int) -> list[str]:
+        if kept == self._rollout.prompts_per_step:
+            return []
+        return [f"only {kept} of {self._rollout.prompts_per_step} groups are mixed after {draws} draws: training on these "
+                "(easier or harder prompts, more answers a prompt or a higher rollout.max_draws would give more)"]  # fmt: skip
+
+
+def _statistics(summaries: list[GroupSummary], mixed: int, kept: set[int]) -> dict[str, float]:
+    """Numbers of one step over all sampled groups, kept or not."""
+    rates = [s.correct_rate for s in summaries]
+    kept_rates = [s.correct_rate for s in summaries if s.position in kept]
+    lengths = [length for s in summaries for length in s.lengths]
+    outcomes = sum((s.outcomes for s in summaries), Counter())
+    return {
+        "correct_rate": sum(rates) / len(rates),
+        "kept_correct_rate": sum(kept_rates) / max(len(kept_rates), 1),
+        "mixed_share": mixed / len(rates),
+        "all_right_share": sum(rate == 1.0 for rate in rates) / len(rates),
+        "all_wrong_share": sum(rate == 0.0 for rate in rates) / len(rates),
+        "prompts_sent": len(rates),
+        "groups_kept": len(kept),
+        "surplus_groups": mixed - len(kept),
+        "response_length": sum(lengths) / len(lengths),
+        "truncated_share": sum(s.truncated for s in summaries) / len(lengths),
+        "sampled_tokens": sum(lengths),
+        **{f"outcome/{name}": outcomes[name] for name in OUTCOMES},
+    }

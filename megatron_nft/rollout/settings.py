@@ -1,0 +1,94 @@
+"""What vLLM has to be told: its environment, its arguments, the parameters of a request; and what it must leave alone."""
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_nft.config import RolloutConfig
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to be sampled. Temperature 0 is greedy; the seed makes the answer the same in any batch and on any engine."""
+
+    token_ids: tuple[int, ...]
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+
+
+def sampling_params(request: Request) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=request.temperature,
+        top_p=request.top_p,
+        max_tokens=request.max_tokens,
+        seed=None if request.temperature == 0 else request.seed,
+        logprobs=0,  # the sampled token's only
+        flat_logprobs=True,
+        detokenize=False,  # the text is decoded once, at the end
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def set_environment(rollout: RolloutConfig) -> None:
+    """vLLM reads these when it is first imported. What the user has set stays, save the one thing the layout rests on."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process
+    for name, value in (
+        ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
+        ("VLLM_CPU_KVCACHE_SPACE", str(rollout.cpu_kvcache_space)),
+        # On the CPU its warnings are a page about kernels and libraries that are missing there by design.
+        ("VLLM_LOGGING_LEVEL", "WARNING" if torch.cuda.is_available() else "ERROR"),
+        ("VLLM_NO_USAGE_STATS", "1"),
+        ("DO_NOT_TRACK", "1"),
+        ("HF_HUB_OFFLINE", "1"),
+    ):
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*", category=FutureWarning)  # raised by vLLM's import
+
+
+def tame(engine: Any) -> None:
+    """Take from a started vLLM engine what does not fit a process that is not its own."""
+    # When its engine core is collected, 0.32 ends torch.distributed, which belongs to the caller (0.26 has no such finalizer).
+    finalizer = getattr(engine.engine_core, "_finalizer", None)
+    if finalizer is not None:
+        finalizer.detach()
+    # A reload reports every rotary embedding, which has no weights, as not loaded; sync() checks the names itself.
+    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+
+
+def weight_names(model_path: str, tied: bool) -> set[str]:
+    """The tensors of the Hugging Face directory that are parameters of their own."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in Path(model_path).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            names |= set(tensors.keys())
+    return {name for name in names if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")}
+
+
+def gpu_arguments(rollout: RolloutConfig) -> dict[str, Any]:
+    return {
+        "enable_sleep_mode": True,
+        "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        "max_num_batched_tokens": rollout.max_num_batched_tokens,
+        "enforce_eager": rollout.enforce_eager,
+    }
+
+
+def cpu_arguments(rollout: RolloutConfig, max_model_len: int) -> dict[str, Any]:
+    """On the CPU a prompt must never be split: a CPU generator cannot be set back by an offset, as vLLM does for a seeded one."""
+    return {
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(rollout.max_num_batched_tokens, max_model_len),
+        "enforce_eager": True,  # compiling costs more than it gains for the models a CPU can train
+    }

@@ -1,0 +1,21 @@
+"""Hugging Face names <-> Megatron names: one declarative table per model family, streaming, and Hugging Face directories.
+
+Pure torch: nothing here imports Megatron-Core or vLLM.
+"""
+
+from megatron_nft.weights.families import table_for
+from megatron_nft.weights.huggingface import HuggingFaceWeights, load_huggingface, save_huggingface
+from megatron_nft.weights.layouts import padded_vocab_size
+from megatron_nft.weights.stream import stream
+from megatron_nft.weights.table import Entry, Table
+
+__all__ = [
+    "Entry",
+    "HuggingFaceWeights",
+    "Table",
+    "load_huggingface",
+    "padded_vocab_size",
+    "save_huggingface",
+    "stream",
+    "table_for",
+]

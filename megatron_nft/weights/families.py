@@ -1,0 +1,15 @@
+"""The supported model families, by the model_type of config.json."""
+
+from megatron_nft.errors import UserError
+from megatron_nft.weights import llama, qwen2
+from megatron_nft.weights.table import Table
+
+FAMILIES = {"llama": llama.layer_entries, "qwen2": qwen2.layer_entries}
+
+
+def table_for(hf_config: dict) -> Table:
+    """The table of a Hugging Face config.json. Raises UserError for a family without one, or an incomplete config."""
+    family = hf_config.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(f"model_type {family!r} is not supported", f"choose a model of one of these families: {', '.join(FAMILIES)}")
+    return Table(hf_config, FAMILIES[family])

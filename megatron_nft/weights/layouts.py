@@ -1,0 +1,152 @@
+"""How a Megatron tensor is made of Hugging Face tensors, and how tensor parallelism cuts it.
+
+Dim 0 of a linear weight is its output, dim 1 its input, in both worlds. A layout answers four questions:
+join and part (between Hugging Face parts and the full Megatron tensor), shard and unshard (between full and one slice a rank).
+All of them return views where a view does.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_nft.errors import UserError
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int, divisible_by: int = 1) -> int:
+    """Rows of the embedding over all tensor-parallel ranks: the next multiple of tp_size x divisible_by."""
+    multiple = tp_size * divisible_by
+    return -(-vocab_size // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The numbers of a config.json that decide shapes."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int  # key-value heads
+    head: int  # size of one head
+    vocabulary: int
+    tied: bool  # the head is the embedding
+
+    @classmethod
+    def of(cls, config: dict) -> "Sizes":
+        """Read a config.json. Raises UserError for a missing number."""
+
+        def number(key: str) -> int:
+            if config.get(key) is None:
+                raise UserError(f"config.json has no {key}", "take the model's complete config.json")
+            return config[key]
+
+        heads, hidden = number("num_attention_heads"), number("hidden_size")
+        return cls(
+            layers=number("num_hidden_layers"),
+            hidden=hidden,
+            ffn=number("intermediate_size"),
+            heads=heads,
+            groups=config.get("num_key_value_heads") or heads,
+            head=config.get("head_dim") or hidden // heads,
+            vocabulary=number("vocab_size"),
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    @property
+    def query(self) -> int:
+        """Rows of the query projection."""
+        return self.heads * self.head
+
+    @property
+    def key(self) -> int:
+        """Rows of the key projection, and of the value projection."""
+        return self.groups * self.head
+
+    def shape(self, words: str) -> tuple[int, ...]:
+        """"query hidden" -> the two numbers."""
+        return tuple(getattr(self, word) for word in words.split())
+
+
+class Whole:
+    """One Hugging Face tensor, the same on every tensor-parallel rank. The base of the other layouts."""
+
+    def join(self, parts: list[Tensor], sizes: Sizes) -> Tensor:
+        (only,) = parts
+        return only
+
+    def part(self, full: Tensor, sizes: Sizes) -> list[Tensor]:
+        return [full]
+
+    def shard(self, full: Tensor, rank: int, size: int, sizes: Sizes) -> Tensor:
+        return full
+
+    def unshard(self, shards: list[Tensor], sizes: Sizes) -> Tensor:
+        return shards[0]
+
+
+@dataclass(frozen=True)
+class Split(Whole):
+    """One Hugging Face tensor, cut into equal chunks: dim 0 in a column-parallel layer, dim 1 in a row-parallel one."""
+
+    dim: int
+
+    def shard(self, full: Tensor, rank: int, size: int, sizes: Sizes) -> Tensor:
+        return full.chunk(size, self.dim)[rank]
+
+    def unshard(self, shards: list[Tensor], sizes: Sizes) -> Tensor:
+        return _cat(shards, self.dim)
+
+
+class Vocabulary(Whole):
+    """[vocabulary, hidden], padded with zero rows at the end to equal chunks of dim 0."""
+
+    def shard(self, full: Tensor, rank: int, size: int, sizes: Sizes) -> Tensor:
+        rows = padded_vocab_size(sizes.vocabulary, size) // size
+        mine = full[rank * rows : (rank + 1) * rows]
+        return mine if len(mine) == rows else torch.cat([mine, mine.new_zeros(rows - len(mine), *full.shape[1:])])
+
+    def unshard(self, shards: list[Tensor], sizes: Sizes) -> Tensor:
+        return _cat(shards, 0)[: sizes.vocabulary]
+
+
+class QueryKeyValue(Split):
+    """q, k and v fused per query group: for each key-value head the query heads it serves, then its k, then its v.
+
+    A chunk of dim 0 then holds whole groups. Works on weights [rows, hidden] and on biases [rows].
+    """
+
+    def __init__(self):
+        super().__init__(dim=0)
+
+    def join(self, parts: list[Tensor], sizes: Sizes) -> Tensor:
+        rest = parts[0].shape[1:]
+        return torch.cat([part.reshape(sizes.groups, -1, *rest) for part in parts], dim=1).reshape(-1, *rest)
+
+    def part(self, full: Tensor, sizes: Sizes) -> list[Tensor]:
+        rest = full.shape[1:]
+        rows = [sizes.query // sizes.groups, sizes.head, sizes.head]  # of one group
+        return [part.reshape(-1, *rest) for part in full.reshape(sizes.groups, -1, *rest).split(rows, dim=1)]
+
+
+class GateUp(Whole):
+    """Gate over up in one weight; every tensor-parallel rank holds its gate rows over its up rows."""
+
+    def join(self, parts: list[Tensor], sizes: Sizes) -> Tensor:
+        return torch.cat(parts)
+
+    def part(self, full: Tensor, sizes: Sizes) -> list[Tensor]:
+        return list(full.chunk(2))
+
+    def shard(self, full: Tensor, rank: int, size: int, sizes: Sizes) -> Tensor:
+        return full if size == 1 else torch.cat([half.chunk(size)[rank] for half in full.chunk(2)])
+
+    def unshard(self, shards: list[Tensor], sizes: Sizes) -> Tensor:
+        if len(shards) == 1:
+            return shards[0]
+        gates, ups = zip(*(shard.chunk(2) for shard in shards))
+        return torch.cat([*gates, *ups])
+
+
+def _cat(shards: list[Tensor], dim: int) -> Tensor:
+    return shards[0] if len(shards) == 1 else torch.cat(shards, dim)

@@ -1,0 +1,142 @@
+"""The table of a model: which Hugging Face tensors make which Megatron tensor, for the whole model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import gcd
+
+from torch import Tensor
+
+from megatron_nft.errors import UserError
+from megatron_nft.weights.layouts import GateUp, QueryKeyValue, Sizes, Split, Vocabulary, Whole
+
+# The Transformer Engine layer spec keeps a norm inside the linear layer that follows it; ours are the local spec's names.
+ALIASES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Megatron tensor. In a family's file both names are relative to the layer."""
+
+    megatron: str
+    huggingface: dict[str, str]  # name -> shape in words of layouts.Sizes
+    layout: Whole
+
+    def within(self, layer: int) -> "Entry":
+        """The same entry under the full names of a layer (counted from 0)."""
+        huggingface = {f"model.layers.{layer}.{name}": shape for name, shape in self.huggingface.items()}
+        return Entry(f"decoder.layers.{layer}.{self.megatron}", huggingface, self.layout)
+
+
+# What dense decoders have in common; a family's file picks from these and adds its own.
+INPUT_NORM = Entry("input_layernorm.weight", {"input_layernorm.weight": "hidden"}, Whole())
+QKV = Entry(
+    "self_attention.linear_qkv.weight",
+    {
+        "self_attn.q_proj.weight": "query hidden",
+        "self_attn.k_proj.weight": "key hidden",
+        "self_attn.v_proj.weight": "key hidden",
+    },
+    QueryKeyValue(),
+)
+QKV_BIAS = Entry(
+    "self_attention.linear_qkv.bias",
+    {"self_attn.q_proj.bias": "query", "self_attn.k_proj.bias": "key", "self_attn.v_proj.bias": "key"},
+    QueryKeyValue(),
+)
+ATTENTION_OUTPUT = Entry("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "hidden query"}, Split(dim=1))
+MLP_NORM = Entry("pre_mlp_layernorm.weight", {"post_attention_layernorm.weight": "hidden"}, Whole())
+MLP_GATE_UP = Entry("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": "ffn hidden", "mlp.up_proj.weight": "ffn hidden"}, GateUp())
+MLP_DOWN = Entry("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "hidden ffn"}, Split(dim=1))
+
+EMBEDDING = Entry("embedding.word_embeddings.weight", {"model.embed_tokens.weight": "vocabulary hidden"}, Vocabulary())
+FINAL_NORM = Entry("decoder.final_layernorm.weight", {"model.norm.weight": "hidden"}, Whole())
+HEAD = Entry("output_layer.weight", {"lm_head.weight": "vocabulary hidden"}, Vocabulary())
+
+
+class Table:
+    """Names, shapes and tensors of one model, both ways.
+
+    Megatron names carry global layer numbers. Wherever one is taken, Transformer Engine's names of the norms are understood too,
+    and in a tied model output_layer.weight, which the last pipeline stage holds as its copy of the embedding.
+    """
+
+    def __init__(self, config: dict, layer_entries: Callable[[dict, int], tuple[Entry, ...]]):
+        """config: a Hugging Face config.json. layer_entries(config, layer): the family's entries of that layer."""
+        self.config, self.sizes = config, Sizes.of(config)
+        layers = (entry.within(layer) for layer in range(self.sizes.layers) for entry in layer_entries(config, layer))
+        entries = [EMBEDDING, *layers, FINAL_NORM, *([] if self.sizes.tied else [HEAD])]
+        self._entries = {entry.megatron: entry for entry in entries}
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return self.sizes.tied
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether q, k and v have biases."""
+        return QKV_BIAS.within(0).megatron in self._entries
+
+    def canonical(self, megatron_name: str) -> str:
+        """The name this table lists a tensor under. Raises ValueError for a name no such model has."""
+        name = megatron_name
+        if self.tied and name == HEAD.megatron:
+            return EMBEDDING.megatron
+        for alias, plain in ALIASES.items():
+            if name.endswith("." + alias):
+                name = name.removesuffix(alias) + plain
+        if name not in self._entries:
+            raise ValueError(f"a {self.config['model_type']} model of {self.sizes.layers} layers has no Megatron tensor {megatron_name}")
+        return name
+
+    def megatron_names(self) -> list[str]:
+        """Every Megatron tensor of the whole model, in model order; a tied head is not among them."""
+        return list(self._entries)
+
+    def hf_names(self, megatron_name: str) -> list[str]:
+        """The Hugging Face tensors that make it, in the order they are joined."""
+        return list(self._entry(megatron_name).huggingface)
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every Hugging Face tensor and its shape, in model order; a tied head is not among them."""
+        return {name: self.sizes.shape(words) for entry in self._entries.values() for name, words in entry.huggingface.items()}
+
+    def to_megatron(self, megatron_name: str, get: Callable[[str], Tensor]) -> Tensor:
+        """The full Megatron tensor, neither sharded nor padded, from `get` of a Hugging Face name."""
+        entry = self._entry(megatron_name)
+        return entry.layout.join([get(name) for name in entry.huggingface], self.sizes)
+
+    def to_hf(self, megatron_name: str, full: Tensor) -> list[tuple[str, Tensor]]:
+        """The Hugging Face tensors in a full Megatron tensor; the inverse of to_megatron."""
+        entry = self._entry(megatron_name)
+        return list(zip(entry.huggingface, entry.layout.part(full, self.sizes)))
+
+    def shard(self, megatron_name: str, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+        """One rank's slice of a full tensor, the vocabulary padded with zero rows. Raises UserError as check_tensor_parallel does."""
+        self.check_tensor_parallel(tp_size)
+        return self._entry(megatron_name).layout.shard(full, tp_rank, tp_size, self.sizes)
+
+    def unshard(self, megatron_name: str, shards: list[Tensor]) -> Tensor:
+        """The full tensor from every rank's slice, in rank order; the inverse of shard, padding taken off."""
+        return self._entry(megatron_name).layout.unshard(shards, self.sizes)
+
+    def check_tensor_parallel(self, tp_size: int) -> None:
+        """Raise UserError unless heads, key-value heads and the MLP divide by tp_size."""
+        sizes = {
+            "num_attention_heads": self.sizes.heads,
+            "num_key_value_heads": self.sizes.groups,
+            "intermediate_size": self.sizes.ffn,
+        }
+        common = gcd(*sizes.values())
+        for name, size in sizes.items():
+            if size % tp_size:
+                possible = ", ".join(str(n) for n in range(1, self.sizes.groups + 1) if common % n == 0)
+                raise UserError(
+                    f"{name} ({size}) cannot be divided by tensor_model_parallel_size ({tp_size})", f"use one of: {possible}"
+                )
+
+    def _entry(self, megatron_name: str) -> Entry:
+        return self._entries[self.canonical(megatron_name)]
