@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. train.steps=10")
         command.set_defaults(run=run)
         if name == "train":
-            command.add_argument("--dry-run", action="store_true", help="check everything that needs no model in memory, print the settings, stop")
+            command.add_argument("--dry-run", action="store_true", help="check everything that needs no model in memory, and stop")
     convert = commands.add_parser("convert", help="Hugging Face <-> Megatron checkpoints")
     kinds = convert.add_subparsers(required=True, metavar="KIND")
     for name, source in (("hf-to-megatron", "HF_DIR"), ("megatron-to-hf", "CHECKPOINT_DIR"), ("verify", "HF_DIR")):
@@ -52,20 +52,22 @@ def parser() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config, arguments.overrides)
+    from megatron_nft import trainer
+
     if arguments.dry_run:
-        from megatron_nft.dry_run import dry_run
-
-        dry_run(settings)
-        return
-    from megatron_nft.trainer import train
-
-    train(settings)
+        trainer.dry_run(settings)
+    else:
+        trainer.train(settings)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    settings = config.load(arguments.config, arguments.overrides)
+    from megatron_nft import policy
     from megatron_nft.evaluation import evaluate_model
 
-    evaluate_model(config.load(arguments.config, arguments.overrides))
+    policy.start_distributed()
+    evaluate_model(settings, policy.precision_of(settings.model.precision))
+    policy.shutdown()
 
 
 def _sft(arguments: argparse.Namespace) -> None:

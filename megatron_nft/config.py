@@ -44,6 +44,15 @@ class DatasetConfig:
     limit: int | None = None  # the first so many rows
 
 
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def dataset_name(dataset: DatasetConfig) -> str:
+    """The name of the set in metrics and as the source of its prompts: `name`, or the stem of the path."""
+    path = Path(dataset.path)
+    return dataset.name or (path.stem if path.suffix in DATA_SUFFIXES else path.name)
+
+
 @dataclass
 class DataConfig:
     train: list[DatasetConfig] = field(default_factory=list)
@@ -230,6 +239,23 @@ def check(config: Config) -> None:
             f"train.prompts_per_update ({config.train.prompts_per_update})",
             "choose sizes that divide",
         )
+    parallel = config.parallel
+    if parallel.sequence_parallel and config.train.tokens_per_micro_batch % parallel.tensor_model_parallel_size:
+        raise UserError(
+            f"train.tokens_per_micro_batch ({config.train.tokens_per_micro_batch}) cannot be divided by "
+            f"parallel.tensor_model_parallel_size ({parallel.tensor_model_parallel_size}), which sequence_parallel asks for",
+            "choose a multiple",
+        )
+
+
+def max_answer_length(config: Config) -> int:
+    """Tokens of the longest answer, in training or in validation."""
+    return max(config.rollout.max_tokens, config.evaluation.max_tokens or 0)
+
+
+def max_model_len(config: Config) -> int:
+    """Tokens of the longest prompt with the longest answer: the engine's window, under vLLM's name."""
+    return config.data.max_prompt_length + max_answer_length(config)
 
 
 _COUNTS = (

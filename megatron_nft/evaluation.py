@@ -11,18 +11,17 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy
 
-from megatron_nft.config import EvaluationConfig
+from megatron_nft.config import Config, EvaluationConfig, max_answer_length, max_model_len
 from megatron_nft.errors import UserError
-from megatron_nft.rollout.engine import Engine, Request
+from megatron_nft.logbook import progress
+from megatron_nft.prompts import PromptSet, load_sets, load_tokenizer
+from megatron_nft.rewards import Judge
+from megatron_nft.rollout import Engine, Request, write_rollouts
 from megatron_nft.rollout.sampler import GroupSummary, answer, seed_of, summarise
 from megatron_nft.trajectories import OUTCOMES, Group, Prompt, Response
-
-if TYPE_CHECKING:
-    from megatron_nft.rewards.judge import Judge
 
 RESAMPLES = 2000  # of the bootstrap
 
@@ -44,10 +43,41 @@ class Evaluation:
         }
 
 
+def evaluate_model(config: Config, precision: str) -> None:
+    """`megatron-nft evaluate`: score the Hugging Face directory config.model.path on config.evaluation.sets.
+
+    precision is "fp32" or "bf16". torch.distributed is started by the caller. Writes run_dir/evaluations/<model's name>.json, the
+    answers beside it as parquet, and prints a table.
+    """
+    prompt_sets = load_sets(config.evaluation.sets, load_tokenizer(config.model.path), config.data)
+    with Judge.for_config(config) as judge:
+        engine = Engine(config.model.path, config.rollout, max_model_len(config), precision, config.seed)
+        tokens = max_answer_length(config)
+        with progress(answers_expected(engine, prompt_sets, config.evaluation), "evaluate", "answers") as bar:
+            result = evaluate(engine, judge, prompt_sets, config.evaluation, tokens, config.seed, config.model.path, lambda *_: bar.update())
+        name = Path(config.model.path).resolve().name
+        if engine.is_first:
+            suffix = f"-{engine.index}" if engine.count > 1 else ""
+            answers = [group for groups in result.answers.values() for group in groups]
+            write_rollouts(Path(config.run_dir) / "evaluations" / f"{name}{suffix}.parquet", 0, answers)
+        if engine.is_first and engine.index == 0:
+            path = write_results(config.run_dir, name, result)
+            print(f"{table(result)}\n{path}", flush=True)
+        engine.close()
+
+
+def validate(engine: Engine, judge: Judge | None, prompt_sets: dict[str, PromptSet], config: Config, step: int) -> dict[str, float]:
+    """The validation of a training step: writes run_dir/evaluations/step_N.json, returns the metrics. A collective call."""
+    result = evaluate(engine, judge, prompt_sets, config.evaluation, max_answer_length(config), config.seed, f"step {step}")
+    if engine.is_first and engine.index == 0:
+        write_results(config.run_dir, f"step_{step}", result)
+    return result.metrics()
+
+
 def evaluate(
     engine: Engine,
-    judge: "Judge | None",
-    prompt_sets: dict[str, list[Prompt]],
+    judge: Judge | None,
+    prompt_sets: dict[str, PromptSet],
     evaluation: EvaluationConfig,
     max_tokens: int,
     seed: int,
@@ -76,7 +106,7 @@ def evaluate(
     return Evaluation({"label": label, "weight_version": engine.weight_version, "settings": settings, "sets": sets}, answers)
 
 
-def answers_expected(engine: Engine, prompt_sets: dict[str, list[Prompt]], evaluation: EvaluationConfig) -> int:
+def answers_expected(engine: Engine, prompt_sets: dict[str, PromptSet], evaluation: EvaluationConfig) -> int:
     """How many answers this engine will write: the total of a progress bar."""
     return len(_own_problems(engine, prompt_sets, evaluation)) * (evaluation.greedy + evaluation.k)
 
@@ -120,9 +150,9 @@ def bootstrap(values: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _own_problems(engine: Engine, prompt_sets: dict[str, list[Prompt]], evaluation: EvaluationConfig) -> list[tuple[str, int, Prompt]]:
+def _own_problems(engine: Engine, prompt_sets: dict[str, PromptSet], evaluation: EvaluationConfig) -> list[tuple[str, int, Prompt]]:
     """(set, position in the set, problem) of this engine: every engines-th of all sets in a row. UserError: nothing to do."""
-    if not prompt_sets or not all(prompt_sets.values()):
+    if not prompt_sets:
         raise UserError("there is no problem to evaluate on", "name data sets with problems under evaluation.sets")
     if not (evaluation.greedy or evaluation.k):
         raise UserError("evaluation.greedy is false and evaluation.k is 0", "ask for a greedy answer or for k sampled ones")

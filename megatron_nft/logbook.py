@@ -35,7 +35,7 @@ class Logbook:
         self.title, self.total_steps, self.first_step, self.enabled = title, total_steps, first_step, enabled
         self.row: dict[str, float] = {}
         self._row_started: float | None = None  # set by the first stage, so that start-up is not part of a step
-        self._in_stage = False
+        self._in_stage, self._elsewhere = False, 0.0
         self._seconds: list[float] = []  # of the steps of this process
         self._accuracy = ""
         self._file = self._bar = self._wandb = None
@@ -66,15 +66,22 @@ class Logbook:
             return
         started = time.perf_counter()
         self._row_started = self._row_started or started
-        self._in_stage = True
+        self._in_stage, self._elsewhere = True, 0.0
         if self._bar is not None:
             self._bar.set_description_str(f"{self.title} [{name}]")
         try:
             yield
         finally:
             self._in_stage = False
-            key = f"time/{name}"
-            self.row[key] = self.row.get(key, 0.0) + time.perf_counter() - started
+            self._count(name, time.perf_counter() - started - self._elsewhere)
+
+    def count_as(self, name: str, seconds: float) -> None:
+        """Count seconds of the running stage to another one: what it waited for."""
+        self._elsewhere += seconds
+        self._count(name, seconds)
+
+    def _count(self, name: str, seconds: float) -> None:
+        self.row[f"time/{name}"] = self.row.get(f"time/{name}", 0.0) + seconds
 
     def add(self, metrics: dict[str, float] | None = None, **more: float) -> None:
         """Put metrics (numbers, or tensors and arrays of one element) into the current row."""

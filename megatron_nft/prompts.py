@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_nft.config import DataConfig, DatasetConfig
+from megatron_nft.config import DataConfig, DatasetConfig, dataset_name
 from megatron_nft.errors import UserError
-from megatron_nft.rows import dataset_name, load_rows
+from megatron_nft.rows import load_rows
 from megatron_nft.trajectories import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Cursor", "PromptSet", "chat_text", "dataset_name", "load_prompts", "load_rows", "load_tokenizer"]
+__all__ = ["Cursor", "PromptSet", "chat_text", "dataset_name", "load_prompts", "load_rows", "load_sets", "load_tokenizer"]
 
 
 @dataclass
@@ -84,6 +84,15 @@ def load_prompts(datasets: list[DatasetConfig], tokenizer: "PreTrainedTokenizerB
         raise UserError(f"no usable prompts among the {len(rows)} rows of {', '.join(d.path for d in datasets)} ({counts})",
                         "check the columns, or raise data.max_prompt_length")  # fmt: skip
     return PromptSet(prompts, dropped)
+
+
+def load_sets(
+    datasets: list[DatasetConfig], tokenizer: "PreTrainedTokenizerBase", data: DataConfig
+) -> dict[str, PromptSet]:
+    """Each data set as a PromptSet of its own, by name. Raises UserError as load_prompts does."""
+    if datasets:
+        _check_names(datasets)
+    return {dataset_name(dataset): load_prompts([dataset], tokenizer, data) for dataset in datasets}
 
 
 def chat_text(question: str, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, turns: Sequence[dict] = ()) -> str:

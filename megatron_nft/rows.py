@@ -6,18 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_nft.config import DatasetConfig
+from megatron_nft.config import DATA_SUFFIXES, DatasetConfig
 from megatron_nft.errors import UserError
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _ABSENT = object()
-
-
-def dataset_name(dataset: DatasetConfig) -> str:
-    """The name of the set in metrics and as the source of its prompts: `name`, or the stem of the path."""
-    path = Path(dataset.path)
-    return dataset.name or (path.stem if path.suffix in SUFFIXES else path.name)
 
 
 def load_rows(dataset: DatasetConfig) -> list[dict[str, Any]]:
@@ -38,15 +31,15 @@ def load_rows(dataset: DatasetConfig) -> list[dict[str, Any]]:
 def _read(dataset: DatasetConfig) -> list[dict[str, Any]]:
     """Raw rows, at most dataset.limit."""
     path = Path(dataset.path)
-    if path.suffix in SUFFIXES:
+    if path.suffix in DATA_SUFFIXES:
         if not path.is_file():
             raise UserError(f"no data file at {path}", "mend the path (it is relative to the directory the program starts in)")
         read = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}[path.suffix]
         return read(path)[: dataset.limit]
     if path.is_file():
-        raise UserError(f"{path} is no data file of a known kind", f"give a file that ends in {', '.join(SUFFIXES)}")
+        raise UserError(f"{path} is no data file of a known kind", f"give a file that ends in {', '.join(DATA_SUFFIXES)}")
     if not path.exists() and not _HUB_NAME.fullmatch(dataset.path):
-        raise UserError(f"no data set at {path}", f"give a file that ends in {', '.join(SUFFIXES)}, or a name on the hub, owner/name")
+        raise UserError(f"no data set at {path}", f"give a file that ends in {', '.join(DATA_SUFFIXES)}, or a name on the hub, owner/name")
     return _read_hub(dataset)
 
 

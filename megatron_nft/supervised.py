@@ -11,12 +11,12 @@ from megatron_nft.config import Config, save
 from megatron_nft.errors import UserError
 from megatron_nft.logbook import Logbook
 from megatron_nft.policy import checkpoint
-from megatron_nft.trainer import find_checkpoint
 
 
 def sft(config: Config) -> None:
     """Train config.model.path on config.sft.data, mean negative log-likelihood of the answer tokens, and export the result."""
-    resume_from = find_checkpoint(config)
+    resume_from = checkpoint.find(config)
+    policy.check(config, window=1)
     examples = load_examples(config)
     topology = policy.initialize(config.parallel, config.seed)
     model = policy.Policy(config, topology)
@@ -26,7 +26,7 @@ def sft(config: Config) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         save(config, run_dir / "config.yaml")
     log = Logbook(run_dir, "sft", config.sft.steps, first_step, config.logging, asdict(config), enabled=topology.is_first)
-    log.note(f"{len(examples)} examples; {policy.model.kernels()}")
+    log.note(f"{len(examples)} examples; {policy.kernels()}")
     for step in range(first_step + 1, config.sft.steps + 1):
         with log.stage("batching"):
             chosen = [examples[i] for i in draw(len(examples), config.sft.sequences_per_update, step, config.seed)]

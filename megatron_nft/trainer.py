@@ -1,61 +1,99 @@
 """The training loop, Algorithm 1 of arXiv 2505.18116. Every rank runs it."""
 
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Self
 
-from megatron_nft import batching, evaluation, objectives, policy, prompts, report, rollout
-from megatron_nft.config import Config, save
+from megatron_nft import batching, evaluation, objectives, policy, prompts, rollout
+from megatron_nft.config import Config, max_model_len, save
 from megatron_nft.errors import UserError
 from megatron_nft.logbook import Logbook
 from megatron_nft.policy import checkpoint, exchange
+from megatron_nft.prompts import Cursor, PromptSet
 from megatron_nft.rewards import Judge
+from megatron_nft.trajectories import Batch, Group
 
 
 def train(config: Config) -> None:
     """Post-train config.model.path on config.data.train; everything that is written goes to config.run_dir."""
-    run = Run(config)
-    for step in range(run.first_step + 1, config.train.steps + 1):
-        with run.log.stage("generate"):  # a^1..a^K ~ pi_old for prompts q ~ D, until enough groups have 0 < r̂ < 1
-            groups = run.sample(step)
-        with run.log.stage("batching"):  # w(q), the denominators, and who trains which answer
-            mini_batches = run.batch(groups)
-        with run.log.stage("old_logprobs"):
-            run.set_old_logprobs(mini_batches)
-        with run.log.stage("train"):  # L = - sum w(q) [r log R + (1 - r) log max_v((1 - r̂ R) / (1 - r̂), eps)]
-            updates = [run.policy.update(batches, run.objective, objectives.METRICS) for batches in mini_batches]
-        with run.log.stage("sync"):  # pi_old <- pi_theta
-            run.sampler.sync(run.policy.weights(), version=step)
-        run.finish_step(step, updates)
-    run.close()
+    with Run(config) as run:
+        for step in range(run.first_step + 1, config.train.steps + 1):
+            with run.log.stage("generate"):  # a^1..a^K ~ pi_old for prompts q ~ D, until enough groups have 0 < r̂ < 1
+                groups = run.sample(step)
+            with run.log.stage("batching"):  # w(q), the denominators, and who trains which answer
+                mini_batches = run.batch(groups)
+            with run.log.stage("old_logprobs"):  # pi_old(a_t | q, a_<t)
+                run.set_old_logprobs(mini_batches)
+            with run.log.stage("train"):  # L = - sum w(q) [r log R + (1 - r) log max_v((1 - r̂ R) / (1 - r̂), eps)]
+                updates = [run.policy.update(batches, run.objective, objectives.METRICS) for batches in mini_batches]
+            with run.log.stage("sync"):  # pi_old <- pi_theta
+                run.sampler.sync(run.policy.weights(), version=step)
+            run.finish_step(step, updates)
+        run.finish()
+
+
+def dry_run(config: Config) -> None:
+    """Check everything that can be checked without a model in memory, and print what was found."""
+    given = Given.load(config)
+    Judge.for_config(config).close()
+    print(f"{len(given.prompts)} training prompts, dropped: {given.prompts.dropped}")
+    for name, problems in given.validation.items():
+        print(f"{len(problems)} validation problems in {name}, dropped: {problems.dropped}")
+    print(f"would {f'resume from {given.checkpoint}' if given.checkpoint else 'start'} in {config.run_dir}")
+
+
+@dataclass
+class Given:
+    """What the user gave, found to be there and to fit together before anything heavy starts."""
+
+    prompts: PromptSet
+    validation: dict[str, PromptSet]
+    checkpoint: Path | None  # to resume from
+
+    @classmethod
+    def load(cls, config: Config) -> Self:
+        """Raises UserError for whatever is missing or does not fit."""
+        found = checkpoint.find(config)
+        policy.check(config, max_model_len(config))
+        tokenizer = prompts.load_tokenizer(config.model.path)
+        training = prompts.load_prompts(config.data.train, tokenizer, config.data)
+        return cls(training, prompts.load_sets(config.evaluation.sets, tokenizer, config.data), found)
 
 
 class Run:
     """The parts of a training run, put together and, where the run directory has a checkpoint, resumed from it."""
 
     def __init__(self, config: Config):
-        self.config, self.run_dir = config, Path(config.run_dir)
-        resume_from = find_checkpoint(config)
-        self.tokenizer = prompts.load_tokenizer(config.model.path)
-        self.prompts = prompts.load_prompts(config.data.train, self.tokenizer, config.data)
-        self.validation = evaluation.load_sets(config.evaluation, self.tokenizer, config.data)
+        given = Given.load(config)
+        self.config, self.run_dir, self.validation = config, Path(config.run_dir), given.validation
+        self._open = ExitStack()
+        self.judge = self._open.enter_context(Judge.for_config(config))
         self.topology = policy.initialize(config.parallel, config.seed)
-        self.judge = Judge.for_config(config)
+        self._open.callback(policy.shutdown)
         self.policy = policy.Policy(config, self.topology)
-        self.cursor = prompts.Cursor(self.prompts, config.seed, config.data.shuffle)
         self.objective = partial(objectives.OBJECTIVES[config.objective.name], settings=config.objective)
-        self.first_step, self.sampled_tokens = 0, 0
-        if resume_from:
-            state = self.policy.load(resume_from)
-            self.first_step, self.sampled_tokens = state["step"], state["sampled_tokens"]
+        self.cursor = Cursor(given.prompts, config.seed, config.data.shuffle)
+        self.first_step = 0
+        if given.checkpoint:
+            state = self.policy.load(given.checkpoint)
+            self.first_step = state["step"]
             self.cursor.load_state_dict(state["cursor"])
-        self.log = self._open_log()
-        self.engine = rollout.Engine(config.model.path, config.rollout, rollout.window(config), config.model.precision, config.seed)
+        self.log = self._open.enter_context(self._open_log())
+        precision = policy.precision_of(config.model.precision)
+        self.engine = rollout.Engine(config.model.path, config.rollout, max_model_len(config), precision, config.seed)
+        self._open.callback(self.engine.close)
         self.sampler = rollout.Sampler(self.engine, self.judge, self.cursor, config)
         self.sampler.sync(self.policy.weights(), version=self.first_step)
-        if self.first_step == 0:
-            self._validate(0)
+
+    def __enter__(self) -> Self:
+        if self.first_step == 0 and self._validate(0):
             self.log.commit(0)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._open.close()
 
     def _open_log(self) -> Logbook:
         first, config = self.topology.is_first, self.config
@@ -63,46 +101,41 @@ class Run:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             save(config, self.run_dir / "config.yaml")
         log = Logbook(config.run_dir, config.objective.name, config.train.steps, self.first_step, config.logging, asdict(config), enabled=first)
-        log.note(f"{len(self.prompts)} prompts; {policy.model.kernels()}")
+        log.note(f"{len(self.cursor.prompts)} prompts; {policy.kernels()}")
         if self.first_step:
             log.note(f"resumed after step {self.first_step}")
         return log
 
-    def sample(self, step: int):
-        """One rollout step: this rank's mixed groups. Its statistics go to the log."""
+    def sample(self, step: int) -> list[Group]:
+        """One rollout step: this rank's mixed groups. Its statistics go to the log, its answers to rollouts/."""
         result = self.sampler.groups(step)
         for warning in result.warnings:
             self.log.note(f"step {step}: {warning}")
-        self.sampled_tokens += int(result.statistics["sampled_tokens"])
-        self.log.add(tokens=result.statistics["sampled_tokens"])
-        self.log.add({f"train/{name}": value for name, value in result.statistics.items()})
+        self.log.count_as("rewards", result.reward_seconds)
+        self.log.add({f"train/{name}": value for name, value in result.statistics.items()}, tokens=result.statistics["sampled_tokens"])
+        if self.config.rollout.save and self.engine.is_first:
+            path = rollout.rollout_path(self.run_dir, step, self.engine.index, self.engine.count)
+            rollout.write_rollouts(path, step, result.groups)
         return result.groups
 
-    def batch(self, groups):
+    def batch(self, groups: list[Group]) -> list[list[Batch]]:
         """This rank's micro-batches of every mini-batch of the rollout step."""
-        config = self.config
-        answers, numbers = exchange.table(groups, config.rollout.n)
-        layout = batching.Layout(self.topology.data_size, config.train.tokens_per_micro_batch, config.train.prompts_per_update)
-        plan = batching.plan(
-            answers,
-            layout,
-            weight=partial(objectives.prompt_weight, normalize=config.objective.normalize),
-            reduction=config.objective.reduction,
-            constant=config.objective.reduction_constant,
-            per_sequence=config.objective.ratio == "sequence",
-        )
+        settings, train_settings = self.config.objective, self.config.train
+        answers, numbers = exchange.table(groups, self.config.rollout.n)
+        layout = batching.Layout(self.topology.data_size, train_settings.tokens_per_micro_batch, train_settings.prompts_per_update)
+        weight = partial(objectives.prompt_weight, normalize=settings.normalize)
+        by_sequence = settings.ratio == "sequence"
+        plan = batching.plan(answers, layout, weight, settings.reduction, settings.reduction_constant, by_sequence)
         if plan.mini_batches:
             self.log.add({"train/fill": sum(m.fill for m in plan.mini_batches) / len(plan.mini_batches)})
         return self.policy.receive(groups, numbers, plan)
 
-    def set_old_logprobs(self, mini_batches) -> None:
+    def set_old_logprobs(self, mini_batches: list[list[Batch]]) -> None:
         """pi_old: a Megatron forward pass, or the sampler's own numbers."""
         batches = [batch for mini in mini_batches for batch in mini]
-        if not batches:
-            return
         if self.config.train.old_logprobs == "rollout":
             self.policy.copy_old_logprobs(batches)
-        else:
+        elif batches:
             self.log.add({f"train/{name}": value for name, value in self.policy.fill_old_logprobs(batches).items()})
 
     def finish_step(self, step: int, updates: list[dict[str, float]]) -> None:
@@ -116,35 +149,26 @@ class Run:
                 self._save(step)
         self.log.commit(step)
 
-    def _validate(self, step: int) -> None:
-        with self.log.stage("validate"):
-            if self.validation:
+    def _validate(self, step: int) -> bool:
+        """Whether there was anything to validate on."""
+        if self.validation:
+            with self.log.stage("validate"):
                 self.log.add(evaluation.validate(self.engine, self.judge, self.validation, self.config, step))
+        return bool(self.validation)
 
     def _save(self, step: int) -> None:
-        state = {"step": step, "sampled_tokens": self.sampled_tokens, "cursor": self.cursor.state_dict()}
+        state = {"step": step, "cursor": self.cursor.state_dict()}
         self.policy.save(self.run_dir / "checkpoints" / f"step_{step}", state)
         if self.topology.is_first:
             checkpoint.prune(self.run_dir, self.config.checkpoint.keep)
 
-    def close(self) -> None:
-        """Export the model, write the report, print the table, and let go of everything."""
+    def finish(self) -> None:
+        """Export the model, write the report, print the table."""
         if self.config.checkpoint.export:
             self.policy.export(self.run_dir / "huggingface")
         self.log.close()
-        self.judge.close()
-        self.engine.close()
         if self.topology.is_first:
+            from megatron_nft import report  # imports matplotlib: only at the end
+
             report.write_report(self.run_dir)
             print(report.summary(self.run_dir), flush=True)
-        policy.shutdown()
-
-
-def find_checkpoint(config: Config) -> Path | None:
-    """Where to continue from. Raises UserError for a run directory that is in use while `resume` is off."""
-    run_dir = Path(config.run_dir)
-    if config.resume:
-        return checkpoint.newest(run_dir)
-    if (run_dir / "metrics.jsonl").exists():
-        raise UserError(f"run_dir {run_dir} already holds a run", "choose another run_dir, or set resume=true to continue it")
-    return None

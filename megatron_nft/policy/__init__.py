@@ -1,6 +1,7 @@
 """All that touches Megatron-Core. It is imported when a Policy is made, not when this package is."""
 
+from megatron_nft.policy.model import check, kernels, precision_of
 from megatron_nft.policy.policy import Policy
-from megatron_nft.policy.topology import Topology, initialize, shutdown
+from megatron_nft.policy.topology import Topology, initialize, shutdown, start_distributed
 
-__all__ = ["Policy", "Topology", "initialize", "shutdown"]
+__all__ = ["Policy", "Topology", "check", "initialize", "kernels", "precision_of", "shutdown", "start_distributed"]

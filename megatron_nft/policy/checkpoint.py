@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_nft.config import Config
 from megatron_nft.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -68,6 +69,16 @@ def read_manifest(directory: Path) -> dict:
         if not part.is_file() or part.stat().st_size != size:
             raise UserError(f"the checkpoint {directory} is damaged: {name} is missing or cut short", "use an older one")
     return manifest
+
+
+def find(config: Config) -> Path | None:
+    """The checkpoint a run continues from. Raises UserError for a run directory that is in use while `resume` is off."""
+    run_dir = Path(config.run_dir)
+    if config.resume:
+        return newest(run_dir)
+    if (run_dir / "config.yaml").exists():
+        raise UserError(f"run_dir {run_dir} already holds a run", "choose another run_dir, or set resume=true to continue it")
+    return None
 
 
 def newest(run_dir: Path) -> Path | None:

@@ -1,36 +1,46 @@
 """A Megatron-Core GPTModel from a Hugging Face config.json."""
 
-import json
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 
 from megatron_nft.config import Config, ParallelConfig
 from megatron_nft.errors import UserError
+from megatron_nft.policy import topology
 from megatron_nft.policy.layers import PackedAttention, RMSNorm
-from megatron_nft.weights import padded_vocab_size, table_for
+from megatron_nft.weights import load_huggingface, padded_vocab_size, table_for
 
 
-def read_config(path: str | Path) -> dict:
-    """config.json of a Hugging Face directory, as a dictionary."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise UserError(f"no Hugging Face model at {path} (config.json is missing)", "give model.path a downloaded model directory")
-    return json.loads(file.read_text())
+def precision_of(setting: str) -> str:
+    """"bf16" or "fp32"; `auto` is bf16 where CUDA is present and fp32 elsewhere."""
+    if setting == "auto":
+        return "bf16" if torch.cuda.is_available() else "fp32"
+    return setting
 
 
-def dtype_of(precision: str) -> torch.dtype:
-    """`auto` is bf16 where CUDA is present and float32 elsewhere."""
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+def dtype_of(setting: str) -> torch.dtype:
+    """The torch dtype of model.precision."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision_of(setting)]
 
 
-def check(hf: dict, parallel: ParallelConfig) -> None:
-    """Raise UserError for a model that cannot be laid out, or that this code would compute wrongly; before anything is allocated."""
+def check(config: Config, window: int) -> None:
+    """Raise UserError for a model that cannot be laid out, is not all there, or that this code would compute wrongly.
+
+    Nothing is allocated. window: tokens of the longest prompt with its answer.
+    """
+    hf = load_huggingface(config.model.path).config
+    topology.check(config.parallel, topology.world_size())
+    _check_layout(hf, config.parallel)
+    if window > hf["max_position_embeddings"]:
+        raise UserError(
+            f"data.max_prompt_length and rollout.max_tokens (or evaluation.max_tokens) add up to {window} tokens, the model's window is "
+            f"{hf['max_position_embeddings']}",
+            "lower one of them",
+        )
+    rope_settings(hf)
+
+
+def _check_layout(hf: dict, parallel: ParallelConfig) -> None:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    table_for(hf)  # the family is known
     for name, size, by, setting in (
         ("attention heads", hf["num_attention_heads"], tp, "tensor_model_parallel_size"),
         ("key-value heads", hf.get("num_key_value_heads", hf["num_attention_heads"]), tp, "tensor_model_parallel_size"),

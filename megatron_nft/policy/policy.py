@@ -16,7 +16,7 @@ from megatron_nft.objectives import Inputs
 from megatron_nft.policy import checkpoint, exchange, logprobs, model, optimizer
 from megatron_nft.policy.topology import Topology, device
 from megatron_nft.trajectories import Batch, Group
-from megatron_nft.weights import load_huggingface, save_huggingface, stream, table_for
+from megatron_nft.weights import HuggingFaceWeights, load_huggingface, save_huggingface, stream
 
 Objective = Callable[[Inputs], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -27,12 +27,11 @@ class Policy:
     def __init__(self, config: Config, topology: Topology, trainable: bool = True):
         """trainable=False leaves out gradients and optimizer (conversion, parity checks)."""
         self.config, self.topology = config, topology
-        self.hf = model.read_config(config.model.path)
-        model.check(self.hf, config.parallel)
-        self.table = table_for(self.hf)
+        source = load_huggingface(config.model.path)
+        self.hf, self.table = source.config, source.table
         first, last = topology.pipeline_rank == 0, topology.is_last_stage
         self.module = model.build(self.hf, config, pre_process=first, post_process=last)
-        self._load_huggingface(config.model.path)
+        self._fill(source)
         self.chunk = self.module
         if trainable:
             self.chunk = optimizer.wrap(self.module, self.module.config)
@@ -177,14 +176,13 @@ class Policy:
         dist.barrier()
 
     @torch.no_grad()
-    def _load_huggingface(self, path: str) -> None:
-        source = load_huggingface(path)
+    def _fill(self, source: HuggingFaceWeights) -> None:
         for name, parameter in self._named_parameters():
             wanted = "embedding.word_embeddings.weight" if self._is_tied_copy(name) else name
             full = self.table.to_megatron(wanted, source.get)
             local = self.table.shard(wanted, full, self.topology.tensor_rank, self.topology.tensor_size)
             if local.shape != parameter.shape:
-                raise UserError(f"{name} is {tuple(local.shape)} in {path}, the config asks for {tuple(parameter.shape)}", "check config.json")
+                raise UserError(f"{name} is {tuple(local.shape)} in {source.directory}, the config asks for {tuple(parameter.shape)}", "check config.json")
             parameter.copy_(local)
 
     def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Topology:
     Megatron keeps tensor-parallel ranks adjacent and pipeline stages outermost.
     """
     check(parallel, world_size())
-    _start_distributed()
+    start_distributed()
     cpu.adapt()
     from megatron.core import parallel_state, tensor_parallel
 
@@ -93,7 +94,8 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def _start_distributed() -> None:
+def start_distributed() -> None:
+    """Start torch.distributed as the launcher's environment says; a world of one where there is no launcher."""
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:  # no launcher: a world of one
@@ -114,7 +116,8 @@ def _free_port() -> int:
 def shutdown() -> None:
     """Tear down Megatron's groups and torch.distributed."""
     if dist.is_initialized():
-        from megatron.core import parallel_state
+        if "megatron.core" in sys.modules:  # evaluation runs without it
+            from megatron.core import parallel_state
 
-        parallel_state.destroy_model_parallel()
+            parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -7,6 +7,8 @@ from collections import Counter, OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
+from megatron_nft.config import Config, dataset_name
+from megatron_nft.errors import UserError
 from megatron_nft.rewards.boxed import compare_integers, strict_box
 from megatron_nft.rewards.process import WorkerProcess
 from megatron_nft.trajectories import OUTCOMES, Prompt, Verdict
@@ -45,6 +47,16 @@ class Judge:
         remote = sorted({default, *filter(None, functions.values())} - {"strict_box"})
         if remote:
             self._start_workers(remote, workers, time_limit)
+
+    @classmethod
+    def for_config(cls, config: Config) -> Self:
+        """The judge of a run: reward.function, and the functions that single data sets ask for."""
+        functions: dict[str, str | None] = {}
+        for dataset in [*config.data.train, *config.evaluation.sets]:
+            name = dataset_name(dataset)
+            if functions.setdefault(name, dataset.reward) != dataset.reward:
+                raise UserError(f"two data sets with the name {name} have different verdict functions", "give each its own `name`")
+        return cls(functions, config.reward.function, config.reward.workers, config.reward.time_limit)
 
     def submit(self, response: str, prompt: Prompt) -> "Future[Verdict]":
         """Ask for the verdict of one response. Equal (response, answer, function) are judged once, counted each time.

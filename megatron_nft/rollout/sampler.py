@@ -33,6 +33,7 @@ class Rollout:
 
     groups: list[Group]  # kept, this engine's, in prompt order; empty on ranks that are not their engine's first
     statistics: dict[str, float]  # over all engines, the same on every rank
+    reward_seconds: float  # waited for verdicts after generation had ended, the longest of the engines
     warnings: list[str] = field(default_factory=list)
 
 
@@ -130,8 +131,9 @@ class Sampler:
             waited, draws = waited + max(seconds for _, seconds in gathered), draws + 1
             count = self._next_count(wanted - len(mixed), len(mixed) / len(summaries))
         kept = mixed[: self._number_kept(len(mixed))]
-        statistics = _statistics(summaries, len(mixed), set(kept)) | {"draws": draws, "reward_seconds": waited}
-        return Rollout([own[position] for position in kept if position in own], statistics, self._warnings(len(kept), draws))
+        statistics = _statistics(summaries, len(mixed), set(kept)) | {"draws": draws}
+        self._engine.sleep()  # on a GPU training needs the memory; sync wakes it
+        return Rollout([own[position] for position in kept if position in own], statistics, waited, self._warnings(len(kept), draws))
 
     def sync(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         """New weights for the engine: a stream of (Hugging Face name, full tensor)."""
@@ -149,7 +151,9 @@ class Sampler:
         share = range(self._engine.index, count, self._engine.count)
         requests = [self._requests(step, prompts[i], numbers[i]) for i in share]
         groups, seconds = answer(self._engine, self._judge, [prompts[i] for i in share], requests)
-        return {first + i: group for i, group in zip(share, groups, strict=False)}, seconds
+        for i, group in zip(share, groups, strict=False):
+            group.position = first + i
+        return {group.position: group for group in groups}, seconds
 
     def _requests(self, step: int, prompt: Prompt, first: int) -> list[Request]:
         """The n requests of a prompt, each with a seed of its own."""

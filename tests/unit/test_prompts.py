@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nft.config import DataConfig, DatasetConfig
+from megatron_nft.config import DataConfig, DatasetConfig, dataset_name
 from megatron_nft.errors import UserError
-from megatron_nft.prompts import Cursor, PromptSet, chat_text, dataset_name, load_prompts, load_rows, load_tokenizer
+from megatron_nft.prompts import Cursor, PromptSet, chat_text, load_prompts, load_rows, load_tokenizer
 from megatron_nft.trajectories import Prompt
 
 REAL = Path(os.environ.get("MEGATRON_NFT_DATA", Path(__file__).parents[3] / "shared" / "data"))
