@@ -54,7 +54,9 @@ def evaluate_model(config: Config, precision: str) -> None:
         engine = Engine(config.model.path, config.rollout, max_model_len(config), precision, config.seed)
         tokens = max_answer_length(config)
         with progress(answers_expected(engine, prompt_sets, config.evaluation), "evaluate", "answers") as bar:
-            result = evaluate(engine, judge, prompt_sets, config.evaluation, tokens, config.seed, config.model.path, lambda *_: bar.update())
+            result = evaluate(
+                engine, judge, prompt_sets, config.evaluation, tokens, config.seed, config.model.path, lambda *_: bar.update()
+            )
         name = Path(config.model.path).resolve().name
         if engine.is_first:
             suffix = f"-{engine.index}" if engine.count > 1 else ""

@@ -86,9 +86,7 @@ def load_prompts(datasets: list[DatasetConfig], tokenizer: "PreTrainedTokenizerB
     return PromptSet(prompts, dropped)
 
 
-def load_sets(
-    datasets: list[DatasetConfig], tokenizer: "PreTrainedTokenizerBase", data: DataConfig
-) -> dict[str, PromptSet]:
+def load_sets(datasets: list[DatasetConfig], tokenizer: "PreTrainedTokenizerBase", data: DataConfig) -> dict[str, PromptSet]:
     """Each data set as a PromptSet of its own, by name. Raises UserError as load_prompts does."""
     if datasets:
         _check_names(datasets)

@@ -138,7 +138,9 @@ def sample_answers(run_dir: Path) -> list[tuple[int, list[dict], list[dict]]]:
     """
     import pyarrow.parquet  # only here: a page without samples needs no arrow
 
-    files = {int(match[1]): path for path in (run_dir / "rollouts").glob("*.parquet") if (match := re.fullmatch(r"step_(\d+)(-0)?", path.stem))}
+    files = {
+        int(match[1]): path for path in (run_dir / "rollouts").glob("*.parquet") if (match := re.fullmatch(r"step_(\d+)(-0)?", path.stem))
+    }
     chosen = []
     for step in sorted({min(files), max(files)} if files else ()):
         columns = ["prompt_id", "question", "answer", "response", "verdict", "outcome", "finish_reason", "tokens"]

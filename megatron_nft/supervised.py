@@ -56,7 +56,9 @@ def load_examples(config: Config) -> list[batching.TrainingAnswer]:
     for dataset in config.sft.data:
         for row in prompts.load_rows(dataset):
             if not row.get("solution"):
-                raise UserError(f"row {row['id']} of {dataset.path} has no solution", f"fill column {dataset.solution!r} or set sft.data[].solution")
+                raise UserError(
+                    f"row {row['id']} of {dataset.path} has no solution", f"fill column {dataset.solution!r} or set sft.data[].solution"
+                )
             text = prompts.chat_text(row["question"], tokenizer, config.data, row.get("turns", ()))
             prompt = tokenizer.encode(text, add_special_tokens=False)
             response = tokenizer.encode(row["solution"], add_special_tokens=False) + [tokenizer.eos_token_id]

@@ -8,7 +8,6 @@ from typing import Self
 
 from megatron_nft import batching, evaluation, objectives, policy, prompts, rollout
 from megatron_nft.config import Config, max_model_len, save
-from megatron_nft.errors import UserError
 from megatron_nft.logbook import Logbook
 from megatron_nft.policy import checkpoint, exchange
 from megatron_nft.prompts import Cursor, PromptSet
@@ -100,7 +99,9 @@ class Run:
         if first:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             save(config, self.run_dir / "config.yaml")
-        log = Logbook(config.run_dir, config.objective.name, config.train.steps, self.first_step, config.logging, asdict(config), enabled=first)
+        log = Logbook(
+            config.run_dir, config.objective.name, config.train.steps, self.first_step, config.logging, asdict(config), enabled=first
+        )
         log.note(f"{len(self.cursor.prompts)} prompts; {policy.kernels()}")
         if self.first_step:
             log.note(f"resumed after step {self.first_step}")

@@ -11,7 +11,7 @@ from megatron_nft.weights import load_huggingface, padded_vocab_size, table_for
 
 
 def precision_of(setting: str) -> str:
-    """"bf16" or "fp32"; `auto` is bf16 where CUDA is present and fp32 elsewhere."""
+    """ "bf16" or "fp32"; `auto` is bf16 where CUDA is present and fp32 elsewhere."""
     if setting == "auto":
         return "bf16" if torch.cuda.is_available() else "fp32"
     return setting

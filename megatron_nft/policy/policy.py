@@ -182,7 +182,10 @@ class Policy:
             full = self.table.to_megatron(wanted, source.get)
             local = self.table.shard(wanted, full, self.topology.tensor_rank, self.topology.tensor_size)
             if local.shape != parameter.shape:
-                raise UserError(f"{name} is {tuple(local.shape)} in {source.directory}, the config asks for {tuple(parameter.shape)}", "check config.json")
+                raise UserError(
+                    f"{name} is {tuple(local.shape)} in {source.directory}, the config asks for {tuple(parameter.shape)}",
+                    "check config.json",
+                )
             parameter.copy_(local)
 
     def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -1,8 +1,10 @@
 """Ranks: torch.distributed, Megatron-Core's groups, and this rank's place in them. The one place for rank arithmetic."""
 
+import logging
 import os
 import socket
 import sys
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +65,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Topology:
     """
     check(parallel, world_size())
     start_distributed()
+    _quiet()
     cpu.adapt()
     from megatron.core import parallel_state, tensor_parallel
 
@@ -85,6 +88,13 @@ def initialize(parallel: ParallelConfig, seed: int) -> Topology:
         data_size=parallel_state.get_data_parallel_world_size(),
         replica_of_rank=tuple(int(r) for r in everyone),
     )
+
+
+def _quiet() -> None:
+    """Notices of Megatron-Core about its own inside, which the user can do nothing about."""
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+    for category, message in ((FutureWarning, "`torch.distributed"), (UserWarning, "The .grad attribute of a Tensor that is not a leaf")):
+        warnings.filterwarnings("ignore", message, category)
 
 
 def device() -> torch.device:

@@ -4,18 +4,22 @@ Pure torch: nothing here imports Megatron-Core or vLLM.
 """
 
 from megatron_nft.weights.families import table_for
-from megatron_nft.weights.huggingface import HuggingFaceWeights, load_huggingface, save_huggingface
+from megatron_nft.weights.huggingface import HuggingFaceWeights, load_huggingface
 from megatron_nft.weights.layouts import padded_vocab_size
 from megatron_nft.weights.stream import stream
 from megatron_nft.weights.table import Entry, Table
+from megatron_nft.weights.writer import check_vacant, copy_companions, save_huggingface, whole_or_nothing
 
 __all__ = [
     "Entry",
     "HuggingFaceWeights",
     "Table",
+    "check_vacant",
+    "copy_companions",
     "load_huggingface",
     "padded_vocab_size",
     "save_huggingface",
     "stream",
     "table_for",
+    "whole_or_nothing",
 ]

@@ -1,32 +1,20 @@
-"""Hugging Face directories: a lazy reader that checks what it finds, and a writer that leaves nothing half-written."""
+"""Hugging Face directories: a lazy reader that checks what it finds."""
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_nft.errors import UserError
 from megatron_nft.weights.families import table_for
-from megatron_nft.weights.table import HEAD, Table
+from megatron_nft.weights.table import EMBEDDING, HEAD, Table
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# config, tokenizer and chat template, copied from the template to a written directory
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "additional_chat_templates",
-)
 AGAIN = "download or copy the model again"
+ONE_MODEL = "choose the config.json and the weights of one model"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # safetensors' names
 
 
 class HuggingFaceWeights:
@@ -38,7 +26,7 @@ class HuggingFaceWeights:
     def __init__(self, directory: Path):
         """Open and check; see load_huggingface."""
         self.directory = directory
-        self.config = _read_json(directory / "config.json")
+        self.config = read_json(directory / "config.json")
         self.table = table_for(self.config)
         self._files = _open_files(directory)
         self._check()
@@ -55,6 +43,14 @@ class HuggingFaceWeights:
         """Shapes as they stand in the files, which are the config's."""
         return {name: self._shape(name) for name in self.names()}
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtypes as they stand in the files. Raises UserError for one that is not bfloat16, float16 or float32."""
+        found = {name: self._files[name].get_slice(name).get_dtype() for name in self.names()}
+        for name, dtype in found.items():
+            if dtype not in DTYPES:
+                raise UserError(f"{name} in {self.directory} is stored as {dtype}", "choose a model in bfloat16, float16 or float32")
+        return {name: DTYPES[dtype] for name, dtype in found.items()}
+
     def _shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
 
@@ -65,15 +61,18 @@ class HuggingFaceWeights:
             raise UserError(f"{self.directory} lacks {len(missing)} tensors of its model, the first is {missing[0]}", AGAIN)
         if extra := [name for name in self._files if name not in wanted and not _harmless(name, self.table)]:
             raise UserError(
-                f"{self.directory} holds {len(extra)} tensors its config.json has no place for, the first is {extra[0]}",
-                "choose the config.json and the weights of one model",
+                f"{self.directory} holds {len(extra)} tensors its config.json has no place for, the first is {extra[0]}", ONE_MODEL
             )
         for name, shape in wanted.items():
             if self._shape(name) != shape:
-                raise UserError(
-                    f"{name} in {self.directory} is {self._shape(name)}, its config.json says {shape}",
-                    "choose the config.json and the weights of one model",
-                )
+                raise UserError(f"{name} in {self.directory} is {self._shape(name)}, its config.json says {shape}", ONE_MODEL)
+        self._check_head()
+
+    def _check_head(self) -> None:
+        """Raise UserError where a tied model's files hold a head of its own, which would be lost."""
+        (embedding,), (head,) = EMBEDDING.huggingface, HEAD.huggingface
+        if self.table.tied and head in self._files and not torch.equal(self.get(head), self.get(embedding)):
+            raise UserError(f"{head} in {self.directory} is not {embedding}, though config.json sets tie_word_embeddings", ONE_MODEL)
 
 
 def load_huggingface(directory: str | Path) -> HuggingFaceWeights:
@@ -89,80 +88,6 @@ def load_huggingface(directory: str | Path) -> HuggingFaceWeights:
     return HuggingFaceWeights(directory)
 
 
-def save_huggingface(
-    directory: str | Path,
-    tensors: Iterator[tuple[str, Tensor]],
-    template_dir: str | Path,
-    max_shard_bytes: float = 5e9,
-    replace: bool = False,
-) -> None:
-    """Write tensors as a Hugging Face directory, with config, tokenizer and chat template copied from template_dir.
-
-    It is written under a temporary name beside `directory` and renamed at the end. Memory: one shard, at most max_shard_bytes (or one
-    tensor). replace: let it take the place of a directory that is there. Raises UserError where there is one and replace is not set,
-    and for a template without config.json, both before the first tensor is asked for.
-    """
-    directory, template = Path(directory).resolve(), Path(template_dir).resolve()
-    if not (template / "config.json").is_file():
-        raise UserError(f"no config.json in {template}", "give the Hugging Face directory the model came from")
-    occupied = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
-    if occupied and (directory == template or not replace):
-        raise UserError(f"{directory} exists already", "choose a new directory, or remove it")
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # a killed run's
-    partial.mkdir(parents=True)
-    try:
-        _copy_companions(template, partial)
-        _write_shards(partial, tensors, max_shard_bytes)
-        if directory.exists():
-            shutil.rmtree(directory)
-        partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_shards(directory: Path, tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: float) -> None:
-    """Write the tensors in shards as they come; one shard gets the plain name, several get an index."""
-    shards: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    total = filled = 0
-
-    def flush() -> None:
-        save_file(shard, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and filled + tensor.nbytes > max_shard_bytes:
-            flush()
-            filled = 0
-        shard[name] = tensor.detach().to("cpu").contiguous()
-        filled += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    _name_shards(directory, shards, total)
-
-
-def _name_shards(directory: Path, shards: list[list[str]], total_bytes: int) -> None:
-    """Give the shards their final names, which carry the number of shards, and write the index."""
-    if len(shards) == 1:
-        (directory / "shard-0").rename(directory / SINGLE)
-        return
-    files = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
-    for number, file in enumerate(files):
-        (directory / f"shard-{number}").rename(directory / file)
-    weight_map = {name: file for file, names in zip(files, shards) for name in names}
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _copy_companions(template: Path, directory: Path) -> None:
-    for pattern in COMPANIONS:
-        for source in template.glob(pattern):
-            copy = shutil.copytree if source.is_dir() else shutil.copyfile
-            copy(source, directory / source.name)
-
-
 def _open_files(directory: Path) -> dict:
     """Tensor name -> the open safetensors file that holds it."""
     if (directory / SINGLE).is_file():
@@ -170,9 +95,11 @@ def _open_files(directory: Path) -> dict:
         return dict.fromkeys(file.keys(), file)
     if not (directory / INDEX).is_file():
         raise UserError(f"no safetensors in {directory} (neither {SINGLE} nor {INDEX})", "save the model as safetensors")
-    weight_map = _read_json(directory / INDEX).get("weight_map")
+    weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{directory / INDEX} has no weight_map", AGAIN)
+    if strange := [name for name, file in weight_map.items() if not isinstance(file, str)]:
+        raise UserError(f"{directory / INDEX} names no file for {strange[0]}", AGAIN)
     shards = {file: _open(directory / file) for file in sorted(set(weight_map.values()))}
     held = {file: set(shard.keys()) for file, shard in shards.items()}
     for name, file in weight_map.items():
@@ -191,11 +118,15 @@ def _open(file: Path):
         raise UserError(f"{file} is damaged or incomplete ({error})", AGAIN) from None
 
 
-def _read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
+    """A JSON object. Raises UserError for anything else in the file."""
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is no JSON ({error})", AGAIN) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is no JSON object", AGAIN)
+    return content
 
 
 def _harmless(name: str, table: Table) -> bool:

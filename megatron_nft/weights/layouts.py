@@ -34,20 +34,28 @@ class Sizes:
 
     @classmethod
     def of(cls, config: dict) -> "Sizes":
-        """Read a config.json. Raises UserError for a missing number."""
+        """Read a config.json. Raises UserError for a number that is missing or does not fit the others."""
 
         def number(key: str) -> int:
             if config.get(key) is None:
                 raise UserError(f"config.json has no {key}", "take the model's complete config.json")
+            if not isinstance(config[key], int) or config[key] < 1:
+                raise UserError(f"{key} in config.json is {config[key]!r}, not a positive number", "take the model's own config.json")
             return config[key]
 
         heads, hidden = number("num_attention_heads"), number("hidden_size")
+        groups = number("num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
+        own = "take the model's own config.json"
+        if heads % groups:
+            raise UserError(f"num_attention_heads in config.json ({heads}) cannot be divided by num_key_value_heads ({groups})", own)
+        if not config.get("head_dim") and hidden % heads:
+            raise UserError(f"hidden_size in config.json ({hidden}) cannot be divided by num_attention_heads ({heads})", own)
         return cls(
             layers=number("num_hidden_layers"),
             hidden=hidden,
             ffn=number("intermediate_size"),
             heads=heads,
-            groups=config.get("num_key_value_heads") or heads,
+            groups=groups,
             head=config.get("head_dim") or hidden // heads,
             vocabulary=number("vocab_size"),
             tied=bool(config.get("tie_word_embeddings", False)),
@@ -64,7 +72,7 @@ class Sizes:
         return self.groups * self.head
 
     def shape(self, words: str) -> tuple[int, ...]:
-        """"query hidden" -> the two numbers."""
+        """The numbers of words such as "query hidden"."""
         return tuple(getattr(self, word) for word in words.split())
 
 

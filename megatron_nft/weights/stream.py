@@ -48,10 +48,8 @@ def stream(
     """
     tp_size, pp_size = _size(tp_group), _size(pp_group)
     table.check_tensor_parallel(tp_size)
-    if tp_size == pp_size == 1:
-        pairs = _local(named, table)
-    else:
-        pairs = _gathered(dict(named), table, tp_group, pp_group, bucket_bytes // tp_size)
+    alone = tp_size == pp_size == 1
+    pairs = _local(named, table) if alone else _gathered(dict(named), table, tp_group, pp_group, bucket_bytes // tp_size)
     missing = set(table.megatron_names())
     for name, full in pairs:
         missing.remove(name)

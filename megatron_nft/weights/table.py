@@ -134,9 +134,7 @@ class Table:
         for name, size in sizes.items():
             if size % tp_size:
                 possible = ", ".join(str(n) for n in range(1, self.sizes.groups + 1) if common % n == 0)
-                raise UserError(
-                    f"{name} ({size}) cannot be divided by tensor_model_parallel_size ({tp_size})", f"use one of: {possible}"
-                )
+                raise UserError(f"{name} ({size}) cannot be divided by tensor_model_parallel_size ({tp_size})", f"use one of: {possible}")
 
     def _entry(self, megatron_name: str) -> Entry:
         return self._entries[self.canonical(megatron_name)]

@@ -69,7 +69,8 @@ def test_value_and_gradient_equal_a_plain_float64_reference(eps, neg_weight):
 
 
 @pytest.mark.parametrize(
-    "verdict, ratio, gradient", [(1, 0.5, -0.75), (1, 1, -0.75), (1, 3, -0.75), (0, 0.5, 0.10714), (0, 1, 0.25), (0, 1.5, 0.375), (0, 3, 0.75)]
+    "verdict, ratio, gradient",
+    [(1, 0.5, -0.75), (1, 1, -0.75), (1, 3, -0.75), (0, 0.5, 0.10714), (0, 1, 0.25), (0, 1.5, 0.375), (0, 3, 0.75)],
 )
 def test_check_values(verdict, ratio, gradient):
     """r̂ = 0.25, normalize 1, eps 1."""
@@ -80,7 +81,9 @@ def test_check_values(verdict, ratio, gradient):
     assert logp.grad.item() == pytest.approx(gradient, abs=5e-6)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['ratio']}-norm{c['normalize']}-neg{c['neg_weight']}-eps{c['eps']}-{c['correct_rate']}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda c: f"{c['ratio']}-norm{c['normalize']}-neg{c['neg_weight']}-eps{c['eps']}-{c['correct_rate']}"
+)
 def test_authors_own_numbers(case):
     """108 cases of the authors' published code: token form sum / 1000, sequence form plain sum. Their clamp rounds at 1e-11."""
     logp = torch.tensor(case["logprobs"], dtype=torch.float64, requires_grad=True)

