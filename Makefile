@@ -4,6 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO_RUN ?= runs/demo
+DEMO_ARGS ?=
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= $(shell nproc)
 
@@ -17,7 +18,7 @@ $(VENV)/installed: requirements/cpu.txt requirements/install.sh setup.py
 
 demo: setup
 	@rm -rf $(DEMO_RUN)
-	$(RUN) -m megatron_nft train examples/arithmetic/nft.yaml run_dir=$(DEMO_RUN)
+	$(RUN) -m megatron_nft train examples/arithmetic/nft.yaml run_dir=$(DEMO_RUN) $(DEMO_ARGS)
 
 test: setup
 	$(RUN) -m pytest tests/unit tests/distributed tests/end_to_end

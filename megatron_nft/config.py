@@ -8,6 +8,7 @@ import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -188,8 +189,10 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
         if "=" not in override:
             raise UserError(f"cannot read the override {override!r}", "write it as key=value, e.g. train.steps=10")
     try:
-        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        tree = OmegaConf.merge(OmegaConf.structured(Config), given)
+        tree = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        for override in overrides:
+            key, value = override.split("=", 1)
+            OmegaConf.update(tree, key, yaml.safe_load(value))  # reaches into lists, too: evaluation.sets.0.path
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise _explain(error, path) from None

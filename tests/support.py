@@ -1,5 +1,6 @@
 """What several tests need: tiny models, made-up rollouts, and a launcher of gloo ranks."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -37,10 +38,29 @@ def tiny_model(directory: Path, family: str = "qwen2", tie: bool = True, dtype=t
     config, model = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[family]
     made = model(config(**settings)).to(dtype)
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for parameter in made.parameters():
             if parameter.ndim == 1:  # norms are made 1 and biases 0: an error in their place would not show
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     made.save_pretrained(directory)
+    return directory
+
+
+def load_example(file: str):
+    """A script of examples/ as a module: `load_example("arithmetic/make_data.py")`."""
+    path = ROOT / "examples" / file
+    sys.path.insert(0, str(path.parent))  # scripts import their neighbours
+    try:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def add_tokenizer(directory: Path) -> Path:
+    """Put the arithmetic example's tokenizer (111 tokens) beside a model."""
+    load_example("arithmetic/make_tokenizer.py").write(directory)
     return directory
 
 

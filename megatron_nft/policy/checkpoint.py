@@ -1,9 +1,13 @@
-"""Training checkpoints: Megatron's distributed format plus a manifest, written last. No manifest: not a checkpoint."""
+"""Checkpoints: Megatron's distributed format, the files that make it a model of its own (config, tokenizer), and a manifest, written
+last. No manifest: not a checkpoint."""
 
 import json
 import random
 import re
 import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +16,19 @@ import torch.distributed as dist
 
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError
+from megatron_nft.weights import copy_companions, read_json
 
 MANIFEST = "manifest.json"
+CHECKED = 2**26  # bytes: files up to this size have their checksum in the manifest; reading back more would double the time of a save
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def save(directory: Path, policy, state: dict) -> None:
-    """Collective. `state` must be JSON; everything else comes from the policy. An unfinished directory of the same name is replaced."""
+    """Collective. `state` must be JSON; everything else comes from the policy. A directory of the same name is replaced.
+
+    The manifest says what is there: the layout, the dtype of the weights, whether there is an optimizer, size and checksum of the
+    files, `state`.
+    """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
@@ -30,8 +40,10 @@ def save(directory: Path, policy, state: dict) -> None:
     dist_checkpointing.save(_sharded_state(policy, loading=False), str(directory), strategy, content_metadata=METADATA)
     dist.barrier()
     if policy.topology.is_first:
-        files = {f.name: f.stat().st_size for f in sorted(directory.iterdir())}
-        manifest = {"layout": _layout(policy), "files": files, "state": state}
+        copy_companions(Path(policy.config.model.path), directory)
+        files = {str(f.relative_to(directory)): _fingerprint(f) for f in sorted(directory.rglob("*")) if f.is_file()}
+        dtype = str(policy.module.config.params_dtype).removeprefix("torch.")
+        manifest = {"layout": _layout(policy), "dtype": dtype, "optimizer": _trainable(policy), "files": files, "state": state}
         temporary = directory / (MANIFEST + ".partial")
         temporary.write_text(json.dumps(manifest, indent=1))
         temporary.rename(directory / MANIFEST)
@@ -39,36 +51,71 @@ def save(directory: Path, policy, state: dict) -> None:
 
 
 def load(directory: Path, policy) -> dict:
-    """Collective. Raises UserError if the directory is no complete checkpoint or lacks an entry; returns the state."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.validation import StrictHandling
+    """Collective. Raises UserError if the directory is no complete checkpoint, is damaged or lacks an entry; returns the state.
 
+    A policy that is not trainable takes the weights only.
+    """
     manifest = read_manifest(directory)
+    if _trainable(policy) and not manifest["optimizer"]:
+        raise UserError(f"{directory} holds weights without an optimizer", "name a checkpoint of a training run")
     wanted = _sharded_state(policy, loading=True)
-    same_layout = manifest["layout"] == _layout(policy)
-    if not same_layout:  # every rank's generator belongs to its place in the old layout
-        del wanted["rng"]
-    loaded = dist_checkpointing.load(wanted, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
+    if manifest["layout"] != _layout(policy):  # every rank's generator belongs to its place in the old layout
+        wanted.pop("rng", None)
+    with _damage_reported(directory):
+        loaded = _read(wanted, directory)
     policy.module.load_state_dict(loaded["model"], strict=True)
-    if hasattr(policy, "optimizer"):
+    if _trainable(policy):
         policy.optimizer.load_state_dict(loaded["optimizer"])
         policy.scheduler.load_state_dict(loaded["scheduler"])
-    if same_layout:
+    if "rng" in wanted:
         _set_rng(loaded["rng"])
     return manifest["state"]
 
 
+def _read(wanted: dict, directory: Path) -> dict:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    return dist_checkpointing.load(wanted, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
+
+
+@contextmanager
+def _damage_reported(directory: Path) -> Iterator[None]:
+    """What Megatron and torch raise for entries that are missing, and tensor files that are damaged, becomes a UserError."""
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:  # its own message names ranks only
+        reasons = ", ".join(sorted({str(reason).splitlines()[0] for reason, _ in error.failures.values()}))
+        raise UserError(f"the checkpoint {directory} is damaged: {reasons}", "use an older one") from error
+    except CheckpointingException as error:
+        raise UserError(f"the checkpoint {directory} does not hold this model: {error}", "use the model it was made with") from error
+
+
 def read_manifest(directory: Path) -> dict:
-    """The manifest of a complete checkpoint; UserError where it is missing or a file of it is missing or cut short."""
+    """The manifest of a complete checkpoint; UserError where it is missing or a file of it is missing or changed."""
     file = directory / MANIFEST
     if not file.is_file():
-        raise UserError(f"{directory} is no complete checkpoint ({MANIFEST} is missing)", "name a step_N directory that has one")
-    manifest = json.loads(file.read_text())
-    for name, size in manifest["files"].items():
+        what = f"is no complete checkpoint ({MANIFEST} is missing)" if directory.is_dir() else "is no directory"
+        raise UserError(f"{directory} {what}", "name a step_N directory that has one")
+    manifest = read_json(file)
+    if missing := {"layout", "dtype", "optimizer", "files", "state"} - manifest.keys():
+        raise UserError(f"{file} lacks {min(missing)}", "use an older checkpoint")
+    for name, fingerprint in manifest["files"].items():
         part = directory / name
-        if not part.is_file() or part.stat().st_size != size:
-            raise UserError(f"the checkpoint {directory} is damaged: {name} is missing or cut short", "use an older one")
+        if not part.is_file():
+            raise UserError(f"the checkpoint {directory} is damaged: {name} is missing", "use an older one")
+        if _fingerprint(part) != fingerprint:
+            raise UserError(f"the checkpoint {directory} is damaged: {name} is not what was written", "use an older one")
     return manifest
+
+
+def _fingerprint(file: Path) -> list[int | None]:
+    """Size in bytes, and CRC-32 where the file is small."""
+    size = file.stat().st_size
+    return [size, zlib.crc32(file.read_bytes()) if size <= CHECKED else None]
 
 
 def find(config: Config) -> Path | None:
@@ -103,6 +150,10 @@ def _numbered(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda d: int(d.name.removeprefix("step_")))
 
 
+def _trainable(policy) -> bool:
+    return hasattr(policy, "optimizer")
+
+
 def _layout(policy) -> dict:
     t = policy.topology
     return {"tensor": t.tensor_size, "pipeline": t.pipeline_size, "data": t.data_size}
@@ -110,8 +161,9 @@ def _layout(policy) -> dict:
 
 def _sharded_state(policy, loading: bool) -> dict:
     model = policy.module.sharded_state_dict(metadata=METADATA)
-    state = {"model": model, "rng": _rng_object(policy.topology)}
-    if hasattr(policy, "optimizer"):
+    state = {"model": model}
+    if _trainable(policy):
+        state["rng"] = _rng_object(policy.topology)
         state["optimizer"] = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=METADATA)
         state["scheduler"] = policy.scheduler.state_dict()
     return state

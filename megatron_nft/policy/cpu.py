@@ -5,8 +5,6 @@ handful of torch.cuda functions. Nothing else in the code paths used here needs 
 redirects. It is applied once, before the first Megatron object is made, and only where torch sees no CUDA device.
 """
 
-import warnings
-
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -39,7 +37,6 @@ def adapt() -> None:
     global _mode
     if _mode is not None or torch.cuda.is_available():
         return
-    warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
     torch.cuda.current_device = lambda: _CPU
     torch.cuda.set_device = lambda device: None
     torch.cuda.synchronize = lambda device=None: None

@@ -42,6 +42,10 @@ def make(ddp_model, settings: OptimizerConfig):
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(config, [ddp_model], config_overrides={})
+    for one in optimizer.chained_optimizers:  # moments from the start: a run may have to be saved before its first update
+        one.init_state_fn(one.optimizer, config)
+        for group in one.optimizer.param_groups:
+            group.setdefault("step", 0)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -16,7 +16,7 @@ from megatron_nft.objectives import Inputs
 from megatron_nft.policy import checkpoint, exchange, logprobs, model, optimizer
 from megatron_nft.policy.topology import Topology, device
 from megatron_nft.trajectories import Batch, Group
-from megatron_nft.weights import HuggingFaceWeights, load_huggingface, save_huggingface, stream
+from megatron_nft.weights import HuggingFaceWeights, load_huggingface, read_json, save_huggingface, stream, table_for
 
 Objective = Callable[[Inputs], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -24,14 +24,17 @@ Objective = Callable[[Inputs], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 class Policy:
     """A Megatron-Core GPTModel with its optimizer, loaded from the Hugging Face directory config.model.path."""
 
-    def __init__(self, config: Config, topology: Topology, trainable: bool = True):
-        """trainable=False leaves out gradients and optimizer (conversion, parity checks)."""
+    def __init__(self, config: Config, topology: Topology, trainable: bool = True, weights: bool = True):
+        """trainable=False leaves out gradients and optimizer (conversion, parity checks). weights=False leaves the weights unset, for
+        load() to fill: config.model.path then needs no more than a config.json."""
         self.config, self.topology = config, topology
-        source = load_huggingface(config.model.path)
-        self.hf, self.table = source.config, source.table
+        source = load_huggingface(config.model.path) if weights else None
+        self.hf = source.config if source else read_json(Path(config.model.path) / "config.json")
+        self.table = table_for(self.hf)
         first, last = topology.pipeline_rank == 0, topology.is_last_stage
         self.module = model.build(self.hf, config, pre_process=first, post_process=last)
-        self._fill(source)
+        if source:
+            self._fill(source)
         self.chunk = self.module
         if trainable:
             self.chunk = optimizer.wrap(self.module, self.module.config)

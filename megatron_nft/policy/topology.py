@@ -93,8 +93,13 @@ def initialize(parallel: ParallelConfig, seed: int) -> Topology:
 def _quiet() -> None:
     """Notices of Megatron-Core about its own inside, which the user can do nothing about."""
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
-    for category, message in ((FutureWarning, "`torch.distributed"), (UserWarning, "The .grad attribute of a Tensor that is not a leaf")):
-        warnings.filterwarnings("ignore", message, category)
+    for message in (
+        "`torch.distributed",  # a name that torch calls deprecated
+        "The .grad attribute of a Tensor that is not a leaf",
+        "full scope is deprecated",
+        "(Transformer Engine and )?Apex (is|are) not installed",
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 def device() -> torch.device:

@@ -20,7 +20,7 @@ def write_rollouts(path: str | Path, step: int, groups: list[Group]) -> None:
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [_row(step, group.prompt, sample, response) for group in groups for sample, response in enumerate(group.responses)]
+    rows = [_row(step, group, sample, response) for group in groups for sample, response in enumerate(group.responses)]
     part = path.with_name(path.name + ".part")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_schema()), part)
     os.replace(part, path)
@@ -41,13 +41,14 @@ def _groups(rows: list[dict]) -> Iterator[Group]:
         own = [row for _, row in members]
         first = own[0]
         prompt = Prompt(first["prompt_id"], first["question"], first["answer"], tuple(first["prompt_tokens"]), first["source"])
-        yield Group(prompt, [_response(row) for row in own])
+        yield Group(prompt, [_response(row) for row in own], first["position"])
 
 
-def _row(step: int, prompt: Prompt, sample: int, response: Response) -> dict:
-    verdict = response.verdict
+def _row(step: int, group: Group, sample: int, response: Response) -> dict:
+    prompt, verdict = group.prompt, response.verdict
     return {
         "step": step,
+        "position": group.position,
         "prompt_id": prompt.id,
         "source": prompt.source,
         "question": prompt.question,
@@ -77,7 +78,8 @@ def _schema():
 
     text, integer, real, tokens = pa.string(), pa.int64(), pa.float64(), pa.list_(pa.int32())
     return pa.schema({
-        "step": integer, "prompt_id": text, "source": text, "question": text, "answer": text, "sample": integer, "response": text,
+        "step": integer, "position": integer, "prompt_id": text, "source": text, "question": text, "answer": text, "sample": integer,
+        "response": text,
         "verdict": real, "outcome": text, "penalty": real, "finish_reason": text, "weight_version": integer,
         "prompt_tokens": tokens, "tokens": tokens, "logprobs": pa.list_(pa.float32()), "loss_mask": pa.list_(pa.int8()),
     })  # fmt: skip

@@ -176,7 +176,8 @@ class Sampler:
     def _warnings(self, kept: int, draws: int) -> list[str]:
         if kept == self._rollout.prompts_per_step:
             return []
-        return [f"only {kept} of {self._rollout.prompts_per_step} groups are mixed after {draws} draws: training on these "
+        then = "training on these" if kept else "no update in this step"
+        return [f"only {kept} of {self._rollout.prompts_per_step} groups are mixed after {draws} draws: {then} "
                 "(easier or harder prompts, more answers a prompt or a higher rollout.max_draws would give more)"]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ Pure torch: nothing here imports Megatron-Core or vLLM.
 """
 
 from megatron_nft.weights.families import table_for
-from megatron_nft.weights.huggingface import HuggingFaceWeights, load_huggingface
+from megatron_nft.weights.huggingface import HuggingFaceWeights, load_huggingface, read_json
 from megatron_nft.weights.layouts import padded_vocab_size
 from megatron_nft.weights.stream import stream
 from megatron_nft.weights.table import Entry, Table
@@ -18,6 +18,7 @@ __all__ = [
     "copy_companions",
     "load_huggingface",
     "padded_vocab_size",
+    "read_json",
     "save_huggingface",
     "stream",
     "table_for",

@@ -116,9 +116,9 @@ def _all_gather(packed: Tensor, tp_group: Group) -> Tensor:
     """uint8 [bucket] -> [tp, bucket]."""
     if _size(tp_group) == 1:
         return packed[None]
-    gathered = packed.new_empty(_size(tp_group), len(packed))
+    gathered = packed.new_empty(_size(tp_group) * len(packed))  # flat: gloo refuses an output of more dimensions than the input
     dist.all_gather_into_tensor(gathered, packed, group=tp_group)
-    return gathered
+    return gathered.view(-1, len(packed))
 
 
 def _unpack(bucket: list[_Shard], gathered: Tensor, table: Table) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,5 @@
 """examples/arithmetic: worked answers are right, the held-out questions are in no other stream, the tokenizer is lossless."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -10,21 +9,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
+from tests.support import load_example
+
 EXAMPLE = Path(__file__).parents[3] / "examples" / "arithmetic"
-
-
-def load(name: str):
-    sys.path.insert(0, str(EXAMPLE))
-    try:
-        spec = importlib.util.spec_from_file_location(f"arithmetic_{name}", EXAMPLE / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(EXAMPLE))
-    return module
-
-
-make_data, make_model, make_tokenizer = load("make_data"), load("make_model"), load("make_tokenizer")
+make_data, make_model, make_tokenizer = (load_example(f"arithmetic/make_{name}.py") for name in ("data", "model", "tokenizer"))
 EQUATION = re.compile(r"([\d*+-]+)=(\d+)")
 
 

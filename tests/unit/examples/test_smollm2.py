@@ -1,6 +1,5 @@
 """examples/smollm2: the reward function, the generated sums, and the unpacked model (where its wheel is at hand)."""
 
-import importlib.util
 import json
 import os
 import re
@@ -11,17 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support import load_example
+
 EXAMPLE = Path(__file__).parents[3] / "examples" / "smollm2"
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"smollm2_{name}", EXAMPLE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_data, reward, unpack = load("make_data"), load("reward"), load("unpack")
+make_data, reward, unpack = (load_example(f"smollm2/{name}.py") for name in ("make_data", "reward", "unpack"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""Samples answers with vLLM and gives their tokens' log-probs by vLLM, Megatron-Core and transformers, in float32."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_nft import batching, policy, rollout
+from megatron_nft.config import Config
+from megatron_nft.policy import exchange
+from megatron_nft.trajectories import Group, Prompt, Verdict
+
+
+def main() -> None:
+    given = json.loads(Path(sys.argv[1]).read_text())
+    config = Config(run_dir="unused")
+    config.model.path = given["model"]
+    config.train.tokens_per_micro_batch = given["window"] * 2
+    topology = policy.initialize(config.parallel, config.seed)
+    model = policy.Policy(config, topology, trainable=False)
+    engine = rollout.Engine(config.model.path, config.rollout, given["window"], "fp32", config.seed)
+    engine.sync(model.weights(), version=1)
+    prompts = [Prompt(str(i), "", "", tuple(ids), "test") for i, ids in enumerate(given["prompts"])]
+    requests = [rollout.Request(p.token_ids, 1.0, 1.0, given["max_tokens"], seed) for seed, p in enumerate(prompts)]
+    responses = engine.generate(requests)
+    for response in responses:
+        response.verdict = Verdict(1.0, "right")
+    groups = [Group(p, [r], position=i) for i, (p, r) in enumerate(zip(prompts, responses, strict=True))]
+    by_megatron = megatron_logprobs(model, groups, topology, config)
+    hf = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    out = []
+    for number, group in enumerate(groups):
+        [response] = group.responses
+        out.append({"vllm": response.logprobs, "megatron": by_megatron[number], "huggingface": hf_logprobs(hf, group)})
+    Path(given["output"]).write_text(json.dumps(out))
+    engine.close()
+    policy.shutdown()
+
+
+def megatron_logprobs(model: policy.Policy, groups: list[Group], topology: policy.Topology, config: Config) -> dict[int, list[float]]:
+    """By number of the group, through the packed micro-batches of training."""
+    answers, numbers = exchange.table(groups, 1)
+    layout = batching.Layout(1, config.train.tokens_per_micro_batch, len(groups))
+    [batches] = model.receive(groups, numbers, batching.plan(answers, layout, lambda rate: 1.0, "constant", 1.0))
+    model.fill_old_logprobs(batches)
+    found = {}
+    for batch in batches:
+        for i, number in enumerate(batch.answers):
+            mine = (batch.answer_index == i) & (batch.loss_mask == 1)
+            found[number] = batch.old_logprobs[mine].tolist()
+    return found
+
+
+@torch.no_grad()
+def hf_logprobs(hf, group: Group) -> list[float]:
+    prompt, answer = list(group.prompt.token_ids), group.responses[0].token_ids
+    logits = hf(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
+
+
+if __name__ == "__main__":
+    main()

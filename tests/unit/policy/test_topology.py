@@ -1,0 +1,46 @@
+"""Layouts that cannot be: said before anything is started."""
+
+import pytest
+
+from megatron_nft.config import ParallelConfig
+from megatron_nft.errors import UserError
+from megatron_nft.policy import topology
+
+
+@pytest.mark.parametrize("tp, pp, worlds", [(1, 1, (1, 3, 8)), (2, 1, (2, 6)), (1, 2, (2, 4)), (2, 2, (4, 8)), (4, 3, (12, 24))])
+def test_worlds_that_divide(tp, pp, worlds):
+    for world in worlds:
+        topology.check(ParallelConfig(tp, pp), world)
+
+
+@pytest.mark.parametrize("tp, pp, world", [(2, 1, 1), (1, 2, 3), (2, 2, 2), (2, 2, 6), (4, 3, 8)])
+def test_worlds_that_do_not_divide(tp, pp, world):
+    with pytest.raises(UserError) as caught:
+        topology.check(ParallelConfig(tp, pp), world)
+    assert f"world size {world} " in caught.value.problem and f"({tp} x {pp})" in caught.value.problem
+    assert f"multiple of {tp * pp} ranks" in caught.value.mend
+
+
+def test_sequence_parallel_needs_tensor_parallel():
+    topology.check(ParallelConfig(2, 1, sequence_parallel=True), 2)
+    with pytest.raises(UserError, match="sequence_parallel"):
+        topology.check(ParallelConfig(1, 2, sequence_parallel=True), 2)
+
+
+def test_world_size_is_the_launchers(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert topology.world_size() == 1
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert topology.world_size() == 16
+
+
+def place(rank: int, tp: int, pp: int, dp: int) -> topology.Topology:
+    world = tp * pp * dp
+    return topology.Topology(rank, world, rank % tp, tp, rank // (tp * dp), pp, rank // tp % dp, dp, tuple(r // tp % dp for r in range(world)))
+
+
+def test_first_rank_and_last_stage():
+    places = [place(rank, tp=2, pp=2, dp=2) for rank in range(8)]
+    assert [p.is_first for p in places] == [True] + [False] * 7
+    assert [p.is_last_stage for p in places] == [False] * 4 + [True] * 4
+    assert place(0, 1, 1, 1).is_last_stage

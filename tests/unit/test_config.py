@@ -1,0 +1,257 @@
+"""Settings: what is read and written, and the one line that a mistake in them gets."""
+
+import copy
+import math
+
+import pytest
+
+from megatron_nft.config import Config, DatasetConfig, check, dataset_name, known_keys, load, max_answer_length, max_model_len, save
+from megatron_nft.errors import UserError
+
+LEAST = "run_dir: runs/a\nmodel: {path: models/m}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def wrong(path, *overrides: str) -> UserError:
+    """The error that loading this gives; it has to be one line."""
+    with pytest.raises(UserError) as caught:
+        load(path, overrides)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def test_what_is_not_given_has_its_default(write):
+    expected = Config(run_dir="runs/a")
+    expected.model.path = "models/m"
+    assert load(write(LEAST)) == expected
+
+
+def test_overrides_win_over_the_file_and_the_last_over_the_first(write):
+    config = load(write(LEAST + "rollout: {n: 4, temperature: 0.7}\n"), ["rollout.n=16", "optimizer.lr=5e-6", "seed=1", "seed=2", "run_dir=a=b"])
+    assert (config.rollout.n, config.rollout.temperature, config.optimizer.lr, config.seed) == (16, 0.7, 5e-6, 2)
+    assert config.run_dir == "a=b"
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("seed=7", 7), ("resume=false", False), ("optimizer.lr=1", 1.0), ("optimizer.lr=1e-6", 1e-6), ("model.path=12", "12"),
+        ("data.system=null", None), ("data.system=be brief", "be brief"), ("rollout.prompts_per_draw=null", None),
+        ("rollout.prompts_per_draw=3", 3), ("run_dir=${model.path}", "models/m"),
+    ],
+)  # fmt: skip
+def test_overrides_are_read_by_the_type_of_their_setting(write, override, expected):
+    value = load(write(LEAST), [override])
+    for part in override.split("=")[0].split("."):
+        value = getattr(value, part)
+    assert value == expected and type(value) is type(expected)
+
+
+def test_data_sets_by_file_and_by_override(write):
+    path = write(LEAST + "data: {train: [{path: a.jsonl, limit: 5}, {path: b.parquet}]}\n")
+    assert load(path).data.train == [DatasetConfig("a.jsonl", limit=5), DatasetConfig("b.parquet")]
+    given = load(path, ["data.train=[{path: c.jsonl, name: c, answer: reward_model.ground_truth}]", "evaluation.sets=[{path: d.json}]"])
+    assert given.data.train == [DatasetConfig("c.jsonl", name="c", answer="reward_model.ground_truth")]  # replaced, not mixed
+    assert given.evaluation.sets == [DatasetConfig("d.json")]
+
+
+@pytest.mark.parametrize(
+    "text, overrides, key, near",
+    [
+        ("rollout: {temprature: 1.0}", [], "rollout.temprature", "rollout.temperature"),
+        ("rolout: {n: 2}", [], "rolout", "rollout.n"),
+        ("", ["rollout.max_token=3"], "rollout.max_token", "rollout.max_tokens"),
+        ("", ["max_draws=3"], "max_draws", "rollout.max_draws"),
+        ("", ["parallel.tensor_model_parallel=2"], "parallel.tensor_model_parallel", "parallel.tensor_model_parallel_size"),
+    ],
+)
+def test_an_unknown_setting_is_named_with_the_nearest(write, text, overrides, key, near):
+    path = write(LEAST + text)
+    error = wrong(path, *overrides)
+    assert f"unknown setting {key} " in error.problem and str(path) in error.problem and error.mend == f"did you mean {near}?"
+
+
+def test_an_unknown_setting_that_is_near_to_none(write):
+    error = wrong(write(LEAST), "zzz=1")
+    assert "unknown setting zzz" in error.problem and "config.py" in error.mend
+
+
+def test_an_unknown_setting_of_a_data_set(write):
+    assert "unknown setting" in wrong(write(LEAST), "data.train=[{pth: a.jsonl}]").problem
+
+
+@pytest.mark.parametrize(
+    "override, value",
+    [
+        ("rollout.n=two", "two"), ("rollout.n=2.5", "2.5"), ("rollout.n=", "None"), ("rollout.n=null", "None"),
+        ("optimizer.lr=fast", "fast"), ("resume=maybe", "maybe"), ("data.instruction=a: b", "{'a': 'b'}"), ("model=null", "model"),
+        ("run_dir=${model.pat}", "model.pat"),
+    ],
+)  # fmt: skip
+def test_a_wrong_type_is_named_with_key_and_value(write, override, value):
+    error = wrong(write(LEAST), override)
+    assert error.problem.startswith(override.split("=")[0] + ": ") and value in error.problem
+
+
+@pytest.mark.parametrize(
+    "text, key",
+    [
+        ("run_dir: a\n", "model.path"),
+        ("model: {path: m}\n", "run_dir"),
+        ("", "run_dir"),
+        (LEAST + "data: {train: [{path: a}, {name: b}]}\n", "data.train[1].path"),
+    ],
+)
+def test_a_missing_value_is_named(write, text, key):
+    error = wrong(write(text))
+    assert error.problem.startswith(f"{key} has no value") and f"{key}=..." in error.mend
+
+
+@pytest.mark.parametrize("text", ["a: [b\n", "\ta: b\n", "- a\n- b\n", "12\n", LEAST + "run_dir: twice\n", LEAST + "data: {train: {path: a}}\n"])
+def test_bad_yaml_names_the_file(write, text):
+    path = write(text)
+    assert str(path) in wrong(path).problem
+
+
+def test_no_file_and_no_override(write, tmp_path):
+    assert "no config file at" in wrong(tmp_path / "none.yaml").problem
+    assert "no config file at" in wrong(tmp_path).problem
+    assert "'train.steps'" in wrong(write(LEAST), "train.steps").problem
+
+
+NAMES = {
+    "model.precision": (["auto", "bf16", "fp32"], "fp16"),
+    "objective.name": (["nft"], "ppo"),
+    "objective.normalize": ([0, 1, 2], 3),
+    "objective.ratio": (["token", "sequence"], "word"),
+    "objective.reduction": (["constant", "token-mean", "sequence-mean"], "mean"),
+    "train.old_logprobs": (["recompute", "rollout"], "none"),
+    "train.recompute_granularity": ([None, "full"], "selective"),
+    "logging.wandb": (["off", "offline", "online"], "on"),
+}
+LEASTS = {
+    "objective.neg_weight": 0.0, "optimizer.lr": 0.0, "optimizer.weight_decay": 0.0, "rollout.temperature": 0.001,
+    "rollout.n": 2, "train.steps": 0, "reward.time_limit": 1, "evaluation.k": 0,
+    "parallel.tensor_model_parallel_size": 1, "parallel.pipeline_model_parallel_size": 1, "rollout.max_tokens": 1,
+    "rollout.max_draws": 1, "rollout.max_num_seqs": 1, "rollout.tensor_parallel_size": 1, "reward.workers": 1,
+    "train.tokens_per_micro_batch": 1, "data.max_prompt_length": 1, "objective.reduction_constant": 1, "checkpoint.keep": 1,
+    "sft.sequences_per_update": 1,
+}  # fmt: skip
+
+
+def changed(key: str, value) -> Config:
+    config = Config()
+    *parts, name = key.split(".")
+    at = config
+    for part in parts:
+        at = getattr(at, part)
+    assert hasattr(at, name)
+    setattr(at, name, value)
+    return config
+
+
+def refused(config: Config) -> UserError:
+    with pytest.raises(UserError) as caught:
+        check(config)
+    return caught.value
+
+
+def test_the_defaults_are_right():
+    check(Config())
+
+
+@pytest.mark.parametrize("key", NAMES)
+def test_names(key):
+    good, bad = NAMES[key]
+    for value in good:
+        check(changed(key, value))
+    error = refused(changed(key, bad))
+    assert error.problem == f"{key} is {bad!r}" and all(str(value) in error.mend for value in good)
+
+
+@pytest.mark.parametrize("key", LEASTS)
+def test_least_values(key):
+    least = LEASTS[key]
+    check(changed(key, least))
+    below = math.nextafter(least, -1) if isinstance(least, float) else least - 1
+    assert refused(changed(key, below)).problem == f"{key} is {below}"
+    assert key in refused(changed(key, math.nan)).problem
+
+
+def test_no_update_without_a_prompt():
+    """prompts_per_step and prompts_per_update of 0 would divide by zero; they are refused by name, not by arithmetic."""
+    for key in ("rollout.prompts_per_step", "train.prompts_per_update"):
+        assert refused(changed(key, 0)).problem == f"{key} is 0"
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0, math.nan])
+def test_eps_is_above_zero(eps):
+    check(changed("objective.eps", 1e-6))
+    assert "objective.eps" in refused(changed("objective.eps", eps)).problem
+
+
+def test_a_step_is_whole_updates():
+    config = changed("rollout.prompts_per_step", 24)
+    assert "rollout.prompts_per_step (24)" in refused(config).problem and "train.prompts_per_update (16)" in refused(config).problem
+    config.train.prompts_per_update = 12
+    check(config)
+
+
+def test_sequence_parallel_divides_the_micro_batch():
+    config = changed("train.tokens_per_micro_batch", 1001)
+    config.parallel.tensor_model_parallel_size = 2
+    check(config)
+    config.parallel.sequence_parallel = True
+    assert "train.tokens_per_micro_batch (1001)" in refused(config).problem
+    config.train.tokens_per_micro_batch = 1002
+    check(config)
+
+
+def test_load_checks(write):
+    assert wrong(write(LEAST), "rollout.n=1").problem == "rollout.n is 1"
+
+
+def test_saved_and_loaded_is_the_same(write, tmp_path):
+    text = LEAST + 'data: {train: [{path: "a: b.jsonl", limit: 3}], instruction: "Answer in \\\\boxed{}.\\n", system: null}\n'
+    config = load(write(text), ["optimizer.lr=1e-7", "rollout.top_p=0.95", "evaluation.sets=[{path: c}]", "logging.name='12'"])
+    save(config, tmp_path / "saved.yaml")
+    assert load(tmp_path / "saved.yaml") == config and config.data.instruction == "Answer in \\boxed{}.\n"
+    again = copy.deepcopy(config)
+    save(load(tmp_path / "saved.yaml"), tmp_path / "twice.yaml")
+    assert (tmp_path / "twice.yaml").read_text() == (tmp_path / "saved.yaml").read_text() and config == again
+
+
+def test_known_keys_are_all_leaves():
+    keys = known_keys()
+    assert {"run_dir", "rollout.n", "data.train", "evaluation.sets", *NAMES, *LEASTS} <= set(keys)
+    assert len(keys) == len(set(keys)) and "rollout" not in keys
+
+
+@pytest.mark.parametrize(
+    "dataset, name",
+    [
+        (DatasetConfig("data/train.jsonl"), "train"), (DatasetConfig("x/y.parquet"), "y"), (DatasetConfig("openai/gsm8k"), "gsm8k"),
+        (DatasetConfig("org/MATH-2.5"), "MATH-2.5"), (DatasetConfig("a.json", name="mine"), "mine"),
+    ],
+)  # fmt: skip
+def test_dataset_name(dataset, name):
+    assert dataset_name(dataset) == name
+
+
+def test_the_window_holds_the_longest_prompt_and_answer():
+    config = Config()
+    config.data.max_prompt_length, config.rollout.max_tokens = 100, 50
+    assert (max_answer_length(config), max_model_len(config)) == (50, 150)
+    config.evaluation.max_tokens = 80
+    assert (max_answer_length(config), max_model_len(config)) == (80, 180)
+    config.evaluation.max_tokens = 20
+    assert max_answer_length(config) == 50
