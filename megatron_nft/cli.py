@@ -65,9 +65,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from megatron_nft import policy
     from megatron_nft.evaluation import evaluate_model
 
+    policy.check(settings, config.max_model_len(settings))
     policy.start_distributed()
-    evaluate_model(settings, policy.precision_of(settings.model.precision))
-    policy.shutdown()
+    try:
+        evaluate_model(settings, policy.precision_of(settings.model.precision))
+    finally:
+        policy.shutdown()
 
 
 def _sft(arguments: argparse.Namespace) -> None:

@@ -50,6 +50,7 @@ def evaluate_model(config: Config, precision: str) -> None:
     answers beside it as parquet, and prints a table.
     """
     prompt_sets = load_sets(config.evaluation.sets, load_tokenizer(config.model.path), config.data)
+    check(prompt_sets, config.evaluation)
     with Judge.for_config(config) as judge:
         engine = Engine(config.model.path, config.rollout, max_model_len(config), precision, config.seed)
         tokens = max_answer_length(config)
@@ -152,12 +153,16 @@ def bootstrap(values: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _own_problems(engine: Engine, prompt_sets: dict[str, PromptSet], evaluation: EvaluationConfig) -> list[tuple[str, int, Prompt]]:
-    """(set, position in the set, problem) of this engine: every engines-th of all sets in a row. UserError: nothing to do."""
+def check(prompt_sets: dict[str, PromptSet], evaluation: EvaluationConfig) -> None:
+    """Raise UserError where there is nothing to do."""
     if not prompt_sets:
-        raise UserError("there is no problem to evaluate on", "name data sets with problems under evaluation.sets")
+        raise UserError("there is no problem to evaluate on", "name data sets under evaluation.sets")
     if not (evaluation.greedy or evaluation.k):
         raise UserError("evaluation.greedy is false and evaluation.k is 0", "ask for a greedy answer or for k sampled ones")
+
+
+def _own_problems(engine: Engine, prompt_sets: dict[str, PromptSet], evaluation: EvaluationConfig) -> list[tuple[str, int, Prompt]]:
+    """(set, position in the set, problem) of this engine: every engines-th of all sets in a row."""
     every = [(name, position, prompt) for name, prompts in prompt_sets.items() for position, prompt in enumerate(prompts)]
     return every[engine.index :: engine.count]
 

@@ -58,7 +58,10 @@ class Given:
         policy.check(config, max_model_len(config))
         tokenizer = prompts.load_tokenizer(config.model.path)
         training = prompts.load_prompts(config.data.train, tokenizer, config.data)
-        return cls(training, prompts.load_sets(config.evaluation.sets, tokenizer, config.data), found)
+        validation = prompts.load_sets(config.evaluation.sets, tokenizer, config.data)
+        if validation:
+            evaluation.check(validation, config.evaluation)
+        return cls(training, validation, found)
 
 
 class Run:

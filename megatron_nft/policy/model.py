@@ -28,8 +28,8 @@ def check(config: Config, window: int) -> None:
     Nothing is allocated. window: tokens of the longest prompt with its answer.
     """
     hf = load_huggingface(config.model.path).config
-    topology.check(config.parallel, topology.world_size())
     _check_layout(hf, config.parallel)
+    topology.check(config.parallel, topology.world_size())
     if window > hf["max_position_embeddings"]:
         raise UserError(
             f"data.max_prompt_length and rollout.max_tokens (or evaluation.max_tokens) add up to {window} tokens, the model's window is "
@@ -146,12 +146,27 @@ def build(hf: dict, config: Config, pre_process: bool, post_process: bool):
         position_embedding_type="rope",
         **rope,
     )
+    _mark_tensor_parallel(model)
     if post_process:
         # logprobs.py multiplies by the head's weight itself, in chunks, so that logits [tokens, vocab] never exist
         model.output_layer.forward = lambda hidden, weight=None, runtime_gather_output=None: (hidden, None)
     if torch.cuda.is_available():
         model.cuda(torch.cuda.current_device())
     return model
+
+
+def _mark_tensor_parallel(model) -> None:
+    """Mark the weights that are cut over tensor-parallel ranks, as Megatron does while it initialises them, which is left out here.
+
+    Without the mark only the first rank's part counts in the gradient norm.
+    """
+    from megatron.core import tensor_parallel as tp
+
+    cut_along = {tp.ColumnParallelLinear: 0, tp.RowParallelLinear: 1, tp.VocabParallelEmbedding: 0}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(module) in cut_along and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            tp.set_tensor_model_parallel_attributes(weight, True, cut_along[type(module)], 1)
 
 
 def head_weight(model) -> torch.Tensor:

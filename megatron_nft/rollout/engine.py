@@ -13,7 +13,16 @@ import torch.distributed as dist
 
 from megatron_nft.config import RolloutConfig
 from megatron_nft.errors import UserError
-from megatron_nft.rollout.settings import Request, cpu_arguments, gpu_arguments, sampling_params, set_environment, tame, weight_names
+from megatron_nft.rollout.settings import (
+    Request,
+    cpu_arguments,
+    gpu_arguments,
+    repack_head,
+    sampling_params,
+    set_environment,
+    tame,
+    weight_names,
+)
 from megatron_nft.trajectories import Response
 
 
@@ -57,7 +66,8 @@ class Engine:
         )
         self._engine = self._llm.llm_engine
         tame(self._engine)
-        self._names = weight_names(model_path, tied=self._llm.model_config.hf_config.tie_word_embeddings)
+        self._tied = self._llm.model_config.hf_config.tie_word_embeddings
+        self._names = weight_names(model_path, self._tied)
         self._tokenizer = self._llm.get_tokenizer()
 
     def generate(self, requests: list[Request], on_finish: Callable[[int, Response], None] | None = None) -> list[Response]:
@@ -76,7 +86,10 @@ class Engine:
         return responses
 
     def token_logprobs(self, token_ids: list[list[int]]) -> list[list[float]]:
-        """Log-prob of every token given those before it, at temperature 1: one list for each sequence, shorter by one than the sequence."""
+        """Log-prob of every token given those before it, at temperature 1: one list for each sequence, shorter by one than the sequence.
+
+        A sequence is shorter than max_model_len: vLLM insists on room for a token more, and raises ValueError where there is none.
+        """
         from vllm import SamplingParams
 
         results: list[list[float] | None] = [None] * len(token_ids)
@@ -108,6 +121,8 @@ class Engine:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": counted()})
         if missing:
             raise RuntimeError(f"{len(missing)} tensors are missing from the weight stream, e.g. {min(missing)}")
+        if self._tied and not self._on_gpu:
+            self._llm.apply_model(repack_head)
         if self._asleep:
             self._engine.wake_up(["kv_cache"])  # only now: the stream's own buffers are free again
         if not self._llm.reset_prefix_cache():

@@ -76,6 +76,12 @@ def weight_names(model_path: str, tied: bool) -> set[str]:
     return {name for name in names if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")}
 
 
+def repack_head(model: torch.nn.Module) -> None:
+    """Repack a tied head after a reload. vLLM's CPU kernels keep a packed copy, and a reload renews only that of the embedding it is tied to."""
+    head = model.lm_head
+    head.quant_method.process_weights_after_loading(head)
+
+
 def gpu_arguments(rollout: RolloutConfig) -> dict[str, Any]:
     return {
         "enable_sleep_mode": True,

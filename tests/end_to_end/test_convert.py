@@ -12,10 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_nft import cli, convert
+from megatron_nft.errors import UserError
 from megatron_nft.weights import load_huggingface
 from tests.support import ROOT, VOCAB, run_ranks, tiny_model
 
 NORM = "model.layers.2.input_layernorm.weight"
+
+
+ONE_IS_ENOUGH = pytest.mark.parametrize("converted", ["llama untied"], indirect=True)
 
 
 def run(*command) -> subprocess.CompletedProcess:
@@ -70,6 +74,7 @@ def test_there_and_back(converted, tmp_path):
     assert mine.dtype == torch.bfloat16 and torch.equal(mine(tokens).logits, theirs(tokens).logits)
 
 
+@ONE_IS_ENOUGH
 def test_two_tensor_parallel_ranks(converted, tmp_path):
     """A converted checkpoint loads under TP 2, and what TP 2 trains in float32 is exported as float32, without the padded vocabulary."""
     source, checkpoint = converted
@@ -106,6 +111,8 @@ def rank() -> None:
         for parameter in trained.module.parameters():
             parameter.mul_(1.001)
     seen["trained"] = {name: tensor.clone() for name, tensor in trained.weights()}
+    with pytest.raises(UserError, match="weights without an optimizer"):
+        trained.load(Path(arguments["converted"]))
     trained.save(Path(arguments["step"]), {"step": 1})
     if topology.is_first:
         torch.save(seen, arguments["seen"])
@@ -155,6 +162,7 @@ def refused(capsys, *arguments) -> str:
     return err
 
 
+@ONE_IS_ENOUGH
 def test_what_is_no_source(converted, tmp_path, capsys):
     source, checkpoint = converted
     assert "no model directory at" in refused(capsys, "hf-to-megatron", tmp_path / "absent", tmp_path / "out")
@@ -165,6 +173,7 @@ def test_what_is_no_source(converted, tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
+@ONE_IS_ENOUGH
 def test_occupied_output(converted, tmp_path, capsys):
     source, checkpoint = converted
     (tmp_path / "precious").write_text("1")
@@ -174,6 +183,7 @@ def test_occupied_output(converted, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
+@ONE_IS_ENOUGH
 @pytest.mark.parametrize("file", ["config.json", "additional_chat_templates/tool.jinja", ".metadata", "common.pt", "__0_0.distcp"])
 @pytest.mark.parametrize("harm", ["missing", "cut", "zeros"])
 def test_damaged_checkpoint(converted, tmp_path, capsys, file, harm):
@@ -186,6 +196,7 @@ def test_damaged_checkpoint(converted, tmp_path, capsys, file, harm):
     assert f"is damaged: {file} is" in said and not (tmp_path / "out").exists()
 
 
+@ONE_IS_ENOUGH
 def test_damaged_manifest(converted, tmp_path, capsys):
     manifest = shutil.copytree(converted[1], tmp_path / "damaged") / "manifest.json"
     content = manifest.read_text()
@@ -195,6 +206,7 @@ def test_damaged_manifest(converted, tmp_path, capsys):
     assert "manifest.json lacks dtype" in refused(capsys, "megatron-to-hf", manifest.parent, tmp_path / "out")
 
 
+@ONE_IS_ENOUGH
 def test_more_than_one_rank(converted, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "2 ranks" in refused(capsys, "hf-to-megatron", converted[0], tmp_path / "out")

@@ -112,8 +112,9 @@ def test_gate_and_up_order():
 
 def test_rows_and_columns_are_cut_where_the_layer_is_parallel():
     table = table_for(config())
-    full = torch.arange(32).reshape(8, 4)
-    assert torch.equal(table.shard("decoder.layers.0.mlp.linear_fc2.weight", full, 1, 2), full[:, 2:])
+    for name, full in (("mlp.linear_fc2", torch.arange(32).reshape(8, 4)), ("self_attention.linear_proj", torch.arange(64).reshape(8, 8))):
+        half = full.shape[1] // 2
+        assert torch.equal(table.shard(f"decoder.layers.0.{name}.weight", full, 1, 2), full[:, half:])
     norm = torch.arange(8)
     assert torch.equal(table.shard("decoder.layers.0.input_layernorm.weight", norm, 1, 2), norm)
 

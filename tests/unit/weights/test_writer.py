@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_nft.errors import UserError
 from megatron_nft.weights import load_huggingface, save_huggingface
@@ -52,6 +53,11 @@ def test_index_counts_bytes_and_names_every_tensor_once(template, tmp_path):
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for _, tensor in tensors(template))
     assert sorted(index["weight_map"]) == sorted(load_huggingface(template).names())
+    shards = [load_file(file) for file in sorted((tmp_path / "out").glob("model-*.safetensors"))]
+    sizes = [sum(tensor.nbytes for tensor in shard.values()) for shard in shards]
+    firsts = [next(tensor.nbytes for name, tensor in tensors(template) if name in shard) for shard in shards[1:]]
+    assert all(size <= 20_000 for size in sizes) and sum(sizes) == index["metadata"]["total_size"]
+    assert all(size + first > 20_000 for size, first in zip(sizes, firsts)), "a shard was closed before it was full"
 
 
 def test_companions_are_copied_and_nothing_else(template, tmp_path):

@@ -1,0 +1,119 @@
+"""Bad input: exit code 2, one line on stderr that names the fault and the mend, nothing written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_nft.cli import main
+from tests.support import ROOT, add_tokenizer, tiny_model
+
+CONFIG = """
+run_dir: {folder}/run
+model: {{path: {folder}/model}}
+data: {{train: [{{path: {folder}/data.jsonl}}], max_prompt_length: 64}}
+rollout: {{max_tokens: 64}}
+sft: {{data: [{{path: {folder}/data.jsonl}}]}}
+evaluation: {{sets: [{{path: {folder}/data.jsonl}}]}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A config that is right, so that each test breaks one thing."""
+    (tmp_path / "data.jsonl").write_text(json.dumps({"problem": "What is 2*3+4?", "answer": "10"}) + "\n")
+    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
+    add_tokenizer(tiny_model(tmp_path / "model", vocab_size=112))
+    return tmp_path
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one line."""
+    assert main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("megatron-nft: ") and err.count("\n") == 1 and err.endswith("\n")
+    return err
+
+
+BAD_SETTINGS = {
+    "optimizer.learning_rate=1": "unknown setting optimizer.learning_rate",
+    "rollout.temprature=1": "did you mean rollout.temperature?",
+    "train.steps=many": "train.steps",
+    "train.steps": "write it as key=value",
+    "objective.neg_weight=-0.5": "objective.neg_weight",
+    "model.path=nowhere": "no model directory at nowhere",
+    "data.train=[]": "no data set is given",
+    "data.train.0.path=nowhere.jsonl": "no data file at nowhere.jsonl",
+    "data.train.0.question=question": "has no column question; it has problem, answer",
+    "data.max_prompt_length=3": "too_long 1",
+    "reward.function=strict_boxx": "there is no verdict function 'strict_boxx'",
+    "reward.function=nowhere.py:f": "no file at nowhere.py",
+    "parallel.tensor_model_parallel_size=3": "attention heads (4) cannot be divided by parallel.tensor_model_parallel_size (3)",
+    "parallel.pipeline_model_parallel_size=3": "layers (4) cannot be divided",
+    "parallel.tensor_model_parallel_size=2": "world size 1 is not divisible",
+    "rollout.max_tokens=500": "the model's window is 256",
+}
+
+
+@pytest.mark.parametrize("override", BAD_SETTINGS)
+def test_train_refuses(override, folder, capsys):
+    for flag in ([], ["--dry-run"]):
+        assert BAD_SETTINGS[override] in refused(capsys, "train", str(folder / "config.yaml"), override, *flag)
+    assert not (folder / "run").exists()
+
+
+def test_a_config_that_is_missing_or_broken(folder, capsys):
+    assert "no config file at" in refused(capsys, "train", str(folder / "no.yaml"))
+    (folder / "config.yaml").write_text("run_dir: [")
+    assert "mend the YAML" in refused(capsys, "train", str(folder / "config.yaml"))
+
+
+def test_a_broken_data_file(folder, capsys):
+    (folder / "data.jsonl").write_text('{"problem": "x", "answer": "1"}\n{"problem": \n')
+    assert "line 2 of" in refused(capsys, "train", str(folder / "config.yaml"))
+
+
+def test_a_damaged_model(folder, capsys):
+    weights = folder / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "is damaged or incomplete" in refused(capsys, "train", str(folder / "config.yaml"))
+
+
+def test_a_run_directory_in_use(folder, capsys):
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_text("")
+    assert "already holds a run" in refused(capsys, "train", str(folder / "config.yaml"), "resume=false")
+
+
+def test_sft_needs_solutions(folder, capsys):
+    assert "has no solution" in refused(capsys, "sft", str(folder / "config.yaml"))
+    assert "sft.data is empty" in refused(capsys, "sft", str(folder / "config.yaml"), "sft.data=[]")
+
+
+def test_evaluate_needs_problems(folder, capsys):
+    assert "no problem to evaluate on" in refused(capsys, "evaluate", str(folder / "config.yaml"), "evaluation.sets=[]")
+    assert "no model directory" in refused(capsys, "evaluate", str(folder / "config.yaml"), "model.path=nowhere")
+
+
+def test_report_and_convert_need_their_directories(folder, capsys):
+    assert "no run directory" in refused(capsys, "report", str(folder / "nowhere"))
+    assert "nowhere" in refused(capsys, "convert", "hf-to-megatron", str(folder / "nowhere"), str(folder / "out"))
+    assert "nowhere" in refused(capsys, "convert", "megatron-to-hf", str(folder / "nowhere"), str(folder / "out"))
+    assert "nowhere" in refused(capsys, "convert", "verify", str(folder / "nowhere"))
+    assert not (folder / "out").exists()
+
+
+def test_a_dry_run_says_what_it_found_and_writes_nothing(folder, capsys):
+    assert main(["train", str(folder / "config.yaml"), "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert "1 training prompts" in out and "1 validation problems in data" in out and not err
+    assert not (folder / "run").exists()
+
+
+def test_the_process_exits_with_2_and_no_traceback(folder):
+    command = [sys.executable, "-m", "megatron_nft", "train", str(folder / "config.yaml"), "nonsense=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("megatron-nft: unknown setting nonsense") and done.stderr.count("\n") == 1
