@@ -83,8 +83,9 @@ def plan(
     Raises UserError if an answer is longer than the token budget.
     """
     if answers.lengths.max(initial=0) > layout.tokens_per_micro_batch:
+        longest, budget = answers.lengths.max(), layout.tokens_per_micro_batch
         raise UserError(
-            f"an answer with its prompt is {answers.lengths.max()} tokens long, train.tokens_per_micro_batch is {layout.tokens_per_micro_batch}",
+            f"an answer with its prompt is {longest} tokens long, train.tokens_per_micro_batch is {budget}",
             "raise train.tokens_per_micro_batch, or lower rollout.max_tokens or data.max_prompt_length",
         )
     rates = answers.correct_rates

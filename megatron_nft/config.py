@@ -5,11 +5,13 @@ An unknown key, a missing value or a value of the wrong type is a UserError that
 
 import dataclasses
 import difflib
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_nft.errors import UserError
@@ -189,17 +191,44 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
         if "=" not in override:
             raise UserError(f"cannot read the override {override!r}", "write it as key=value, e.g. train.steps=10")
     try:
-        tree = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        tree = OmegaConf.merge(OmegaConf.structured(Config), _read(path))
         for override in overrides:
             key, value = override.split("=", 1)
-            OmegaConf.update(tree, key, yaml.safe_load(value))  # reaches into lists, too: evaluation.sets.0.path
+            OmegaConf.update(tree, key, _parse(value, override))  # reaches into lists, too: evaluation.sets.0.path
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise _explain(error, path) from None
-    except Exception as error:  # YAML's own errors have no common base with OmegaConf's
-        raise UserError(f"cannot read {path} ({str(error).splitlines()[0]})", "mend the YAML") from None
+    except TypeError as error:  # OmegaConf's for a list where a mapping belongs, or the other way round
+        raise UserError(f"{path} or an override puts a list where a mapping belongs, or the other way round ({error})",
+                        "compare with megatron_nft/config.py") from None  # fmt: skip
     check(config)
     return config
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        tree = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1} of {path}" if mark else str(path)
+        raise UserError(f"{where} is not YAML ({getattr(error, 'problem', None) or error})", "mend the YAML") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no text file", "give a YAML file in UTF-8") from None
+    except OSError:  # OmegaConf's answer to a file that holds one number or word
+        tree = None
+    if not isinstance(tree, DictConfig):
+        raise UserError(f"{path} holds no settings", "write one `key: value` a line, as in examples/arithmetic/nft.yaml")
+    return tree
+
+
+def _parse(value: str, override: str) -> object:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or error
+        raise UserError(
+            f"cannot read the override {override!r} ({problem})", "write the value as in YAML, in quotes where it needs them"
+        ) from None
 
 
 def save(config: Config, path: str | Path) -> None:
@@ -225,6 +254,12 @@ def check(config: Config) -> None:
         ("objective.neg_weight", config.objective.neg_weight, 0.0),
         ("optimizer.lr", config.optimizer.lr, 0.0),
         ("optimizer.weight_decay", config.optimizer.weight_decay, 0.0),
+        ("optimizer.clip_grad", config.optimizer.clip_grad, 0.0),
+        ("optimizer.lr_warmup_iters", config.optimizer.lr_warmup_iters, 0),
+        ("evaluation.temperature", config.evaluation.temperature, 1e-3),
+        ("evaluation.interval", config.evaluation.interval, 0),
+        ("checkpoint.interval", config.checkpoint.interval, 0),
+        ("sft.steps", config.sft.steps, 0),
         ("rollout.temperature", config.rollout.temperature, 1e-3),
         ("rollout.n", config.rollout.n, 2),
         ("train.steps", config.train.steps, 0),
@@ -232,8 +267,20 @@ def check(config: Config) -> None:
         ("evaluation.k", config.evaluation.k, 0),
         *((f"{part}.{name}", getattr(getattr(config, part), name), 1) for part, name in _COUNTS),
     ):
-        if not value >= least:
+        if not (value >= least and math.isfinite(value)):
             raise UserError(f"{key} is {value}", f"use {least} or more")
+    for key, value in (
+        ("rollout.prompts_per_draw", config.rollout.prompts_per_draw),
+        ("evaluation.max_tokens", config.evaluation.max_tokens),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"{key} is {value}", "use 1 or more, or leave it out")
+    for key, value in (("rollout.top_p", config.rollout.top_p), ("evaluation.top_p", config.evaluation.top_p)):
+        if not 0 < value <= 1:
+            raise UserError(f"{key} is {value}", "use a number above 0, up to 1")
+    for key, value in (("optimizer.adam_beta1", config.optimizer.adam_beta1), ("optimizer.adam_beta2", config.optimizer.adam_beta2)):
+        if not 0 <= value < 1:
+            raise UserError(f"{key} is {value}", "use a number from 0, below 1")
     if not config.objective.eps > 0:
         raise UserError(f"objective.eps is {config.objective.eps}", "use a number above 0; the paper's is 1.0")
     if config.rollout.prompts_per_step % config.train.prompts_per_update:
@@ -286,6 +333,8 @@ def _explain(error: OmegaConfBaseException, path: Path) -> UserError:
     if "not in" in message and "Key" in message:
         known = list(known_keys())
         leaf = str(key).rsplit(".", 1)[-1]
+        if re.search(r"\[\d+\]\.", str(key)):  # within a list of data sets
+            known = [str(key).removesuffix(leaf) + f.name for f in dataclasses.fields(DatasetConfig)]
         near = difflib.get_close_matches(str(key), known, 1) or [k for k in known if k.rsplit(".", 1)[-1] == leaf]
         return UserError(f"unknown setting {key} (in {path} or on the command line)",
                          f"did you mean {near[0]}?" if near else "see megatron_nft/config.py for all settings")  # fmt: skip

@@ -32,11 +32,12 @@ def split_of(formula: str) -> str:
 
 
 def worked(a: int, b: int, c: int, sign: str, in_steps: bool) -> str:
-    """The worked answer: "47*8=376, 376+35=411. \\boxed{411}" in steps, "47*8+35=411. \\boxed{411}" without."""
-    product = a * b
+    """The worked answer, "7*8=56,40*8=320,56+320=376,376+35=411 \\boxed{411}" in steps, "47*8+35=411 \\boxed{411}" without."""
+    tens, ones, product = 10 * (a // 10), a % 10, a * b
     result = product + c if sign == "+" else product - c
-    work = f"{a}*{b}={product}, {product}{sign}{c}={result}" if in_steps else f"{a}*{b}{sign}{c}={result}"
-    return f"{work}. \\boxed{{{result}}}"
+    steps = f"{ones}*{b}={ones * b},{tens}*{b}={tens * b},{ones * b}+{tens * b}={product},{product}{sign}{c}={result}"
+    work = steps if in_steps else f"{a}*{b}{sign}{c}={result}"
+    return f"{work} \\boxed{{{result}}}"
 
 
 def rows(split: str, count: int, seed: int = 1) -> Iterator[dict[str, str]]:

@@ -12,14 +12,12 @@ import make_tokenizer
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-VOCABULARY = 112  # the tokenizer's 111, made divisible by 8
-
 
 def config() -> Qwen2Config:
     """1.6 million parameters; heads, key-value heads and layers can be divided by two."""
     tokenizer = make_tokenizer.build()
     return Qwen2Config(
-        vocab_size=VOCABULARY,
+        vocab_size=tokenizer.get_vocab_size(),
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=4,

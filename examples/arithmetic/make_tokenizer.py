@@ -1,21 +1,25 @@
-"""The demo's tokenizer: one token per digit, a few whole words, every printable ASCII character, Qwen2's chat format.
+"""The demo's tokenizer: Qwen2's kind (byte-level BPE, one token a digit), trained on the demo's own sentences, ChatML format.
 
     python examples/arithmetic/make_tokenizer.py OUT_DIR
 
-writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer and vLLM load like any other.
+writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer and vLLM load like any other Qwen2's.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders
-from tokenizers.models import Unigram
+import make_data
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 
-END_OF_TEXT, TURN_START, TURN_END, UNKNOWN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unknown|>"
-SPECIAL = (END_OF_TEXT, TURN_START, TURN_END, UNKNOWN)
-WORDS = ("system", "user", "assistant", "What is ", "Compute ", " times ", " plus ", " minus ", "\\boxed{", ", ", ". ")
-CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPECIAL = (END_OF_TEXT, TURN_START, TURN_END)
+SIZE = 304  # 256 bytes, the special tokens, and the words of the demo
+SENTENCES = 500
+# how Qwen2 cuts a text before its bytes are merged: contractions, words, single digits, punctuation, white space
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -25,13 +29,23 @@ CHAT_TEMPLATE = (
 
 
 def build() -> Tokenizer:
-    """The tokenizer. A Unigram model takes the split of highest score: whole words where they fit, characters elsewhere."""
-    pieces = [(token, 0.0) for token in SPECIAL]
-    pieces += [(word, -1.0) for word in WORDS] + [(character, -2.0) for character in CHARACTERS]
-    tokenizer = Tokenizer(Unigram(pieces, unk_id=SPECIAL.index(UNKNOWN), byte_fallback=False))
-    tokenizer.decoder = decoders.Fuse()  # tokens are joined as they are: no space between them
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    """The tokenizer, the same every time."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    trainer = BpeTrainer(vocab_size=SIZE, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(sentences(), trainer)
     return tokenizer
+
+
+def sentences() -> list[str]:
+    """Whole conversations of the demo."""
+    rows = make_data.rows("train", SENTENCES)
+    return [f"system\nuser\n{row['problem']}\nassistant\n{row['solution']}" for row in rows]
 
 
 def write(out: Path) -> None:
@@ -39,10 +53,9 @@ def write(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     build().save(str(out / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": TURN_END,
         "pad_token": END_OF_TEXT,
-        "unk_token": UNKNOWN,
         "additional_special_tokens": [TURN_START],
         "model_max_length": 512,
         "clean_up_tokenization_spaces": False,

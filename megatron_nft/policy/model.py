@@ -28,6 +28,9 @@ def check(config: Config, window: int) -> None:
     Nothing is allocated. window: tokens of the longest prompt with its answer.
     """
     hf = load_huggingface(config.model.path).config
+    for key in ("rms_norm_eps", "max_position_embeddings"):
+        if hf.get(key) is None:
+            raise UserError(f"config.json in {config.model.path} has no {key}", "take the model's complete config.json")
     _check_layout(hf, config.parallel)
     topology.check(config.parallel, topology.world_size())
     if window > hf["max_position_embeddings"]:
@@ -43,7 +46,7 @@ def _check_layout(hf: dict, parallel: ParallelConfig) -> None:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     for name, size, by, setting in (
         ("attention heads", hf["num_attention_heads"], tp, "tensor_model_parallel_size"),
-        ("key-value heads", hf.get("num_key_value_heads", hf["num_attention_heads"]), tp, "tensor_model_parallel_size"),
+        ("key-value heads", hf.get("num_key_value_heads") or hf["num_attention_heads"], tp, "tensor_model_parallel_size"),
         ("intermediate size", hf["intermediate_size"], tp, "tensor_model_parallel_size"),
         ("layers", hf["num_hidden_layers"], pp, "pipeline_model_parallel_size"),
     ):
@@ -69,7 +72,7 @@ def transformer_config(hf: dict, config: Config):
         hidden_size=hf["hidden_size"],
         ffn_hidden_size=hf["intermediate_size"],
         num_attention_heads=hf["num_attention_heads"],
-        num_query_groups=hf.get("num_key_value_heads", hf["num_attention_heads"]),
+        num_query_groups=hf.get("num_key_value_heads") or hf["num_attention_heads"],
         kv_channels=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
         normalization="RMSNorm",
         layernorm_epsilon=hf["rms_norm_eps"],

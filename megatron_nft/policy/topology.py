@@ -97,6 +97,8 @@ def _quiet() -> None:
         "`torch.distributed",  # a name that torch calls deprecated
         "The .grad attribute of a Tensor that is not a leaf",
         "full scope is deprecated",
+        "`load_state_dict` is deprecated",
+        "Please use DTensor instead",
         "(Transformer Engine and )?Apex (is|are) not installed",
     ):
         warnings.filterwarnings("ignore", message)

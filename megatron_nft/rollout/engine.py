@@ -88,7 +88,7 @@ class Engine:
     def token_logprobs(self, token_ids: list[list[int]]) -> list[list[float]]:
         """Log-prob of every token given those before it, at temperature 1: one list for each sequence, shorter by one than the sequence.
 
-        A sequence is shorter than max_model_len: vLLM insists on room for a token more, and raises ValueError where there is none.
+        A sequence is shorter than max_model_len: vLLM insists on room for a token more, and refuses the sequence where there is none.
         """
         from vllm import SamplingParams
 

@@ -77,7 +77,7 @@ def weight_names(model_path: str, tied: bool) -> set[str]:
 
 
 def repack_head(model: torch.nn.Module) -> None:
-    """Repack a tied head after a reload. vLLM's CPU kernels keep a packed copy, and a reload renews only that of the embedding it is tied to."""
+    """Repack a tied head after a reload: vLLM's CPU kernels keep a packed copy of it, and a reload renews only the embedding's own."""
     head = model.lm_head
     head.quant_method.process_weights_after_loading(head)
 

@@ -22,7 +22,7 @@ def all_groups(count: int, n: int) -> list[Group]:
 
 
 def groups_of_rank(count: int, n: int, spread: str, rank: int, world: int) -> list[Group]:
-    """`turns`: group i on rank i mod world; `last`: all on the last rank; `half`: in turns on the even ranks alone, as with engines of two."""
+    """`turns`: group i on rank i mod world; `last`: all on the last rank; `half`: in turns on the even ranks, as with engines of two."""
     groups = all_groups(count, n)
     if spread == "last":
         return groups if rank == world - 1 else []

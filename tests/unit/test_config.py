@@ -36,7 +36,9 @@ def test_what_is_not_given_has_its_default(write):
 
 
 def test_overrides_win_over_the_file_and_the_last_over_the_first(write):
-    config = load(write(LEAST + "rollout: {n: 4, temperature: 0.7}\n"), ["rollout.n=16", "optimizer.lr=5e-6", "seed=1", "seed=2", "run_dir=a=b"])
+    config = load(
+        write(LEAST + "rollout: {n: 4, temperature: 0.7}\n"), ["rollout.n=16", "optimizer.lr=5e-6", "seed=1", "seed=2", "run_dir=a=b"]
+    )
     assert (config.rollout.n, config.rollout.temperature, config.optimizer.lr, config.seed) == (16, 0.7, 5e-6, 2)
     assert config.run_dir == "a=b"
 
@@ -62,6 +64,7 @@ def test_data_sets_by_file_and_by_override(write):
     given = load(path, ["data.train=[{path: c.jsonl, name: c, answer: reward_model.ground_truth}]", "evaluation.sets=[{path: d.json}]"])
     assert given.data.train == [DatasetConfig("c.jsonl", name="c", answer="reward_model.ground_truth")]  # replaced, not mixed
     assert given.evaluation.sets == [DatasetConfig("d.json")]
+    assert load(path, ["data.train.1.limit=3"]).data.train == [DatasetConfig("a.jsonl", limit=5), DatasetConfig("b.parquet", limit=3)]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +95,7 @@ def test_an_unknown_setting_of_a_data_set(write):
 @pytest.mark.parametrize(
     "override, value",
     [
-        ("rollout.n=two", "two"), ("rollout.n=2.5", "2.5"), ("rollout.n=", "None"), ("rollout.n=null", "None"),
+        ("rollout.n=two", "two"), ("rollout.n=2.5", "2.5"), ("rollout.n=", "Optional"), ("rollout.n=null", "Optional"),
         ("optimizer.lr=fast", "fast"), ("resume=maybe", "maybe"), ("data.instruction=a: b", "{'a': 'b'}"), ("model=null", "model"),
         ("run_dir=${model.pat}", "model.pat"),
     ],
@@ -116,7 +119,9 @@ def test_a_missing_value_is_named(write, text, key):
     assert error.problem.startswith(f"{key} has no value") and f"{key}=..." in error.mend
 
 
-@pytest.mark.parametrize("text", ["a: [b\n", "\ta: b\n", "- a\n- b\n", "12\n", LEAST + "run_dir: twice\n", LEAST + "data: {train: {path: a}}\n"])
+@pytest.mark.parametrize(
+    "text", ["a: [b\n", "\ta: b\n", "- a\n- b\n", "12\n", LEAST + "run_dir: twice\n", LEAST + "data: {train: {path: a}}\n"]
+)
 def test_bad_yaml_names_the_file(write, text):
     path = write(text)
     assert str(path) in wrong(path).problem

@@ -36,7 +36,9 @@ def test_world_size_is_the_launchers(monkeypatch):
 
 def place(rank: int, tp: int, pp: int, dp: int) -> topology.Topology:
     world = tp * pp * dp
-    return topology.Topology(rank, world, rank % tp, tp, rank // (tp * dp), pp, rank // tp % dp, dp, tuple(r // tp % dp for r in range(world)))
+    return topology.Topology(
+        rank, world, rank % tp, tp, rank // (tp * dp), pp, rank // tp % dp, dp, tuple(r // tp % dp for r in range(world))
+    )
 
 
 def test_first_rank_and_last_stage():
