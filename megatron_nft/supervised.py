@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -68,13 +69,13 @@ def load_examples(config: Config) -> list[batching.TrainingAnswer]:
 
 def draw(count: int, size: int, step: int, seed: int) -> list[int]:
     """Numbers of the examples of an update: consecutive pieces of a stream that is reshuffled every epoch."""
-    numbers, order, epoch = [], [], -1
-    for position in range((step - 1) * size, step * size):
-        if position // count != epoch:
-            epoch = position // count
-            order = random.Random(f"{seed}/{epoch}").sample(range(count), count)
-        numbers.append(order[position % count])
-    return numbers
+    positions = range((step - 1) * size, step * size)
+    return [_order(count, position // count, seed)[position % count] for position in positions]
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, epoch: int, seed: int) -> list[int]:
+    return random.Random(f"{seed}/{epoch}").sample(range(count), count)
 
 
 def plan(chosen: list[batching.TrainingAnswer], config: Config, data_size: int) -> batching.Plan:

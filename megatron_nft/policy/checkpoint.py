@@ -2,6 +2,7 @@
 last. No manifest: not a checkpoint."""
 
 import json
+import logging
 import random
 import re
 import shutil
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError
 from megatron_nft.weights import copy_companions, read_json
+
+_log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 CHECKED = 2**26  # bytes: files up to this size have their checksum in the manifest; reading back more would double the time of a save
@@ -119,10 +122,17 @@ def _fingerprint(file: Path) -> list[int | None]:
 
 
 def find(config: Config) -> Path | None:
-    """The checkpoint a run continues from. Raises UserError for a run directory that is in use while `resume` is off."""
+    """The checkpoint a run continues from; None for a new run.
+
+    Raises UserError for a run directory that is in use while `resume` is off, and for one whose checkpoints are all damaged: to begin
+    anew would overwrite what is there.
+    """
     run_dir = Path(config.run_dir)
     if config.resume:
-        return newest(run_dir)
+        found = newest(run_dir)
+        if found is None and (damaged := [d for d in _numbered(run_dir) if (d / MANIFEST).exists()]):
+            read_manifest(damaged[-1])
+        return found
     if (run_dir / "config.yaml").exists():
         raise UserError(f"run_dir {run_dir} already holds a run", "choose another run_dir, or set resume=true to continue it")
     return None
@@ -134,8 +144,9 @@ def newest(run_dir: Path) -> Path | None:
         try:
             read_manifest(directory)
             return directory
-        except UserError:
-            continue
+        except UserError as error:
+            if (directory / MANIFEST).exists():
+                _log.warning("passing over a checkpoint: %s", error)
     return None
 
 

@@ -169,10 +169,10 @@ class Policy:
         return stream(named, self.table, tp, pp)
 
     def export(self, directory: Path) -> None:
-        """Write a Hugging Face directory, with the config and tokenizer files of config.model.path. Collective."""
+        """Write, or replace, a Hugging Face directory, with the config and tokenizer files of config.model.path. Collective."""
         tensors = self.weights()
         if self.topology.is_first:
-            save_huggingface(directory, tensors, self.config.model.path)
+            save_huggingface(directory, tensors, self.config.model.path, replace=True)
         else:
             for _ in tensors:
                 pass

@@ -1,7 +1,6 @@
 """A real vLLM engine on a tiny model: what it samples is what transformers computes, before and after new weights."""
 
 import functools
-import importlib.util
 import itertools
 import os
 from collections.abc import Iterator
@@ -14,20 +13,12 @@ from transformers import AutoModelForCausalLM
 from megatron_nft.config import RolloutConfig
 from megatron_nft.policy import topology
 from megatron_nft.rollout import Engine, Request
-from tests.support import ROOT, tiny_model
+from tests.support import add_tokenizer, tiny_model
 
 END = 2  # the tokenizer's <|im_end|>
-VOCABULARY = 112
+VOCABULARY = 304
 WINDOW = 320  # tokens: more than two blocks of vLLM's prefix cache on a CPU
 TOLERANCE = 1e-5  # float32 sums in another order
-
-
-def write_tokenizer(directory: Path) -> None:
-    """The arithmetic example's, of 111 tokens."""
-    spec = importlib.util.spec_from_file_location("make_tokenizer", ROOT / "examples/arithmetic/make_tokenizer.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.write(directory)
 
 
 def make_model(directory: Path, seed: int) -> Path:
@@ -40,7 +31,7 @@ def make_model(directory: Path, seed: int) -> Path:
 def models(tmp_path_factory) -> tuple[Path, Path]:
     """Two models of one shape: that of the start, and that of the new weights."""
     first, second = (make_model(tmp_path_factory.mktemp(f"model{seed}"), seed) for seed in (0, 1))
-    write_tokenizer(first)
+    add_tokenizer(first)
     return first, second
 
 
@@ -86,7 +77,7 @@ def of_tokens(rows: torch.Tensor, ids: list[int]) -> torch.Tensor:
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
-    return tuple(torch.randint(4, 111, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
+    return tuple(torch.randint(4, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
 
 
 def requests(count: int = 12, temperature: float = 1.0, top_p: float = 1.0, max_tokens: int = 40) -> list[Request]:

@@ -37,14 +37,14 @@ def compare(model: Path, prompts: list[list[int]], max_tokens: int, tolerance: f
     [
         ("qwen2", True, {}),
         ("qwen2", False, {"num_key_value_heads": 4}),
-        ("llama", False, {"head_dim": 16}),
+        ("llama", False, {"head_dim": 64}),
         ("llama", True, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
     ],
 )
 def test_tiny_models(family, tie, changes, tmp_path):
     """To 2e-5: float32 sums in another order."""
-    model = add_tokenizer(tiny_model(tmp_path / "model", family, tie, vocab_size=112, **changes))
-    prompts = [[(7 * i + 3 * j) % 112 for j in range(2 + 5 * i)] for i in range(6)]
+    model = add_tokenizer(tiny_model(tmp_path / "model", family, tie, vocab_size=304, hidden_size=128, initializer_range=0.1, **changes))
+    prompts = [[(7 * i + 3 * j) % 304 for j in range(2 + 5 * i)] for i in range(6)]
     compare(model, prompts, 24, 2e-5, tmp_path)
 
 

@@ -25,7 +25,7 @@ def folder(tmp_path) -> Path:
     """A config that is right, so that each test breaks one thing."""
     (tmp_path / "data.jsonl").write_text(json.dumps({"problem": "What is 2*3+4?", "answer": "10"}) + "\n")
     (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
-    add_tokenizer(tiny_model(tmp_path / "model", vocab_size=112))
+    add_tokenizer(tiny_model(tmp_path / "model", vocab_size=304))
     return tmp_path
 
 

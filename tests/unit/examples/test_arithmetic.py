@@ -17,10 +17,16 @@ EQUATION = re.compile(r"([\d*+-]+)=(\d+)")
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer.write(folder)
-    return AutoTokenizer.from_pretrained(folder)
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_model.write(folder, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model):
+    """As transformers loads it beside a Qwen2 config, for which it has a class of its own."""
+    return AutoTokenizer.from_pretrained(model)
 
 
 def formula_in(problem: str) -> str:
@@ -46,7 +52,7 @@ def test_both_ways_of_working_occur_in_every_wording():
         wording = re.sub(r"\d+", "N", row["problem"])
         seen.setdefault(wording, set()).add(row["solution"].count("="))
     assert len(seen) == 2 * len(make_data.WORDINGS)  # each with plus and with minus
-    assert all(counts == {1, 2} for counts in seen.values())
+    assert all(counts == {1, 4} for counts in seen.values())
 
 
 def test_held_out_questions_are_in_no_other_stream():
@@ -60,7 +66,7 @@ def test_held_out_questions_are_in_no_other_stream():
 def test_written_files_share_no_formula_in_any_wording(tmp_path):
     """The disjointness of what is on disk, read back from the question texts and not from the ids."""
     make_data.write(tmp_path, {"train": 4000, "prompts": 4000, "heldout": 256}, seed=3)
-    formulas = [{formula_in(json.loads(line)["problem"]) for line in (tmp_path / f"{split}.jsonl").open()} for split in make_data.SPLITS]
+    formulas = [{formula_in(json.loads(line)["problem"]) for line in (tmp_path / f"{name}.jsonl").open()} for name in ("worked", "prompts", "heldout")]
     assert all(formulas)
     assert len(set.union(*formulas)) == sum(map(len, formulas))
 
@@ -75,39 +81,38 @@ def test_rows_are_reproducible_and_the_seed_matters():
 
 def test_held_out_file_does_not_depend_on_the_seed(tmp_path):
     for seed in (1, 2):
-        command = [EXAMPLE / "make_data.py", tmp_path / str(seed), "--sft", "10", "--prompts", "10", "--seed", str(seed)]
+        command = [EXAMPLE / "make_data.py", tmp_path / str(seed), "--train", "10", "--prompts", "10", "--seed", str(seed)]
         subprocess.run([sys.executable, *command], check=True)
     read = [{p.name: p.read_text() for p in (tmp_path / str(seed)).iterdir()} for seed in (1, 2)]
-    assert read[0].keys() == {"train.jsonl", "prompts.jsonl", "heldout.jsonl"}
+    assert read[0].keys() == {f"{name}.jsonl" for name, _, _ in make_data.FILES}
     assert read[0]["heldout.jsonl"] == read[1]["heldout.jsonl"]
     assert read[0]["prompts.jsonl"] != read[1]["prompts.jsonl"]
-    assert read[0]["train.jsonl"] != read[1]["train.jsonl"]
+    assert read[0]["mixed.jsonl"] != read[1]["mixed.jsonl"]
 
 
-def test_tokenizer_is_lossless_and_knows_every_token(tokenizer):
-    assert len(tokenizer) < 128
+def test_tokenizer_is_lossless(tokenizer):
+    assert len(tokenizer) == make_tokenizer.SIZE
     for row in make_data.rows("train", 1000):
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": row["problem"]}, {"role": "assistant", "content": row["solution"]}], tokenize=False
         )
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids) == text
-        assert "".join(tokenizer.decode([i]) for i in ids) == text
+    text = "".join(map(chr, range(32, 127))) + "\nWhat is  \\boxed{x, y. }  times users, é 数"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
-def test_tokenizer_reads_all_printable_ascii(tokenizer):
-    text = "".join(map(chr, range(32, 127))) + "\nWhat is  \\boxed{x, y. }  times users"
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.unk_token_id not in ids
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.unk_token_id in tokenizer("é", add_special_tokens=False)["input_ids"]
+def test_tokenizer_on_disk_is_what_transformers_makes_of_it(model, tokenizer):
+    """transformers rebuilds a Qwen2 tokenizer from vocabulary and merges: the file says the same."""
+    built = make_tokenizer.build()
+    for row in make_data.rows("train", 200):
+        assert tokenizer(row["solution"], add_special_tokens=False)["input_ids"] == built.encode(row["solution"]).ids
 
 
 def test_digits_are_single_tokens_and_answers_are_short(tokenizer):
     assert len(tokenizer("4096", add_special_tokens=False)["input_ids"]) == 4
     lengths = [len(tokenizer(row["solution"], add_special_tokens=False)["input_ids"]) for row in make_data.rows("train", 1000)]
-    assert min(lengths) >= 10 and max(lengths) <= 40
+    assert min(lengths) >= 10 and max(lengths) <= 60
 
 
 def test_chat_template_is_chatml(tokenizer):
@@ -117,12 +122,10 @@ def test_chat_template_is_chatml(tokenizer):
     assert tokenizer.decode([tokenizer.eos_token_id]) == "<|im_end|>"
 
 
-def test_fresh_model_matches_its_tokenizer(tmp_path, tokenizer):
-    make_model.write(tmp_path, seed=1)
-    config = AutoConfig.from_pretrained(tmp_path)
+def test_fresh_model_matches_its_tokenizer(model, tokenizer):
+    config = AutoConfig.from_pretrained(model)
     assert config.architectures == ["Qwen2ForCausalLM"]
-    assert config.vocab_size >= len(tokenizer)
+    assert config.vocab_size == len(tokenizer)
     assert config.eos_token_id == tokenizer.eos_token_id
     assert config.num_attention_heads % config.num_key_value_heads == 0
-    assert (tmp_path / "model.safetensors").stat().st_size < 10e6
-    assert AutoTokenizer.from_pretrained(tmp_path)("7")["input_ids"] == tokenizer("7")["input_ids"]
+    assert (model / "model.safetensors").stat().st_size < 10e6

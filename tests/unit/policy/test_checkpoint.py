@@ -1,0 +1,65 @@
+"""Which checkpoint of a run directory is found, and which are kept; files only, no model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_nft.config import Config
+from megatron_nft.errors import UserError
+from megatron_nft.policy import checkpoint
+
+
+def write(run_dir: Path, step: int, complete: bool = True) -> Path:
+    directory = run_dir / "checkpoints" / f"step_{step}"
+    directory.mkdir(parents=True)
+    part = directory / "part.distcp"
+    part.write_bytes(b"weights" * 10)
+    if complete:
+        files = {part.name: checkpoint._fingerprint(part)}
+        manifest = {"layout": {}, "dtype": "float32", "optimizer": True, "files": files, "state": {"step": step}}
+        (directory / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    return directory
+
+
+def find(run_dir: Path, resume: bool = True) -> Path | None:
+    return checkpoint.find(Config(run_dir=str(run_dir), resume=resume))
+
+
+def test_the_newest_complete_one_is_found(tmp_path):
+    assert find(tmp_path) is None
+    write(tmp_path, 9)
+    ten = write(tmp_path, 10)
+    write(tmp_path, 11, complete=False)  # killed while it was written
+    (tmp_path / "checkpoints" / "notes").mkdir()
+    assert find(tmp_path) == ten
+
+
+@pytest.mark.parametrize("harm", ["cut", "changed", "missing"])
+def test_a_damaged_one_is_passed_over_with_a_word(harm, tmp_path, caplog):
+    good, bad = write(tmp_path, 1), write(tmp_path, 2)
+    part = bad / "part.distcp"
+    {"cut": lambda: part.write_bytes(b"weights"), "changed": lambda: part.write_bytes(b"WEIGHTS" * 10), "missing": part.unlink}[harm]()
+    assert find(tmp_path) == good
+    assert f"{bad} is damaged: part.distcp" in caplog.text
+
+
+def test_where_all_are_damaged_nothing_is_begun_anew(tmp_path):
+    (write(tmp_path, 1) / "part.distcp").unlink()
+    with pytest.raises(UserError, match="is damaged: part.distcp is missing"):
+        find(tmp_path)
+
+
+def test_without_resume_a_used_directory_is_refused(tmp_path):
+    write(tmp_path, 1)
+    assert find(tmp_path, resume=False) is None
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="already holds a run"):
+        find(tmp_path, resume=False)
+
+
+def test_the_newest_are_kept(tmp_path):
+    for step in (2, 9, 10, 100):
+        write(tmp_path, step)
+    checkpoint.prune(tmp_path, 2)
+    assert {d.name for d in (tmp_path / "checkpoints").iterdir()} == {"step_10", "step_100"}
