@@ -24,6 +24,7 @@ setup(
         "datasets>=3.0",
         "pyarrow>=15",
         "omegaconf>=2.3",
+        "pyyaml>=6",
         "math-verify[antlr4_13_2]>=0.8",
         "tqdm>=4.66",
         "jinja2>=3.1",

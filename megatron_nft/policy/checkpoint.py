@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError
+from megatron_nft.policy import optimizer
 from megatron_nft.weights import copy_companions, read_json
 
 _log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def load(directory: Path, policy) -> dict:
         loaded = _read(wanted, directory)
     policy.module.load_state_dict(loaded["model"], strict=True)
     if _trainable(policy):
-        policy.optimizer.load_state_dict(loaded["optimizer"])
+        optimizer.load(policy.optimizer, loaded["optimizer"])
         policy.scheduler.load_state_dict(loaded["scheduler"])
     if "rng" in wanted:
         _set_rng(loaded["rng"])

@@ -63,3 +63,11 @@ def make(ddp_model, settings: OptimizerConfig):
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def load(optimizer, state: dict) -> None:
+    """Take moments and step counts from a checkpoint's state. Learning rate, betas and so on stay those of the config."""
+    settings = [{name: value for name, value in group.items() if name not in ("params", "step")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
