@@ -13,7 +13,7 @@ sft="$python -m megatron_nft sft examples/arithmetic/sft.yaml"
 $sft
 $sft sft.steps=1200 optimizer.lr=5e-4
 # until it often does not care to
-$sft "run_dir=$work/mixed" "model.path=$work/worked/huggingface" "sft.data.0.path=$work/data/mixed.jsonl" sft.steps=120 optimizer.lr=3e-4
+$sft "run_dir=$work/mixed" "model.path=$work/worked/huggingface" "sft.data.0.path=$work/data/mixed.jsonl" sft.steps=140 optimizer.lr=3e-4
 cp "$work/data/prompts.jsonl" "$work/data/heldout.jsonl" examples/arithmetic/
 rm -rf examples/arithmetic/model
 cp -r "$work/mixed/huggingface" examples/arithmetic/model

@@ -23,7 +23,7 @@ SPLITS = {"heldout": (0,), "train": (1, 2, 3, 4, 5), "prompts": (6, 7, 8, 9)}  #
 SIZES = {"train": 50_000, "prompts": 8_000, "heldout": 256}
 FILES = (("worked", "train", False), ("mixed", "train", True), ("prompts", "prompts", True), ("heldout", "heldout", True))
 # wording, and the share of its worked answers that show their steps
-WORDINGS = (("What is {a}*{b}{sign}{c}?", 0.4), ("Compute {a}*{b}{sign}{c}.", 0.4), ("What is {a} times {b} {word} {c}?", 0.9))
+WORDINGS = (("What is {a}*{b}{sign}{c}?", 0.45), ("Compute {a}*{b}{sign}{c}.", 0.45), ("What is {a} times {b} {word} {c}?", 0.9))
 WORDS = {"+": "plus", "-": "minus"}
 
 
