@@ -102,8 +102,6 @@ def _quiet_libraries() -> None:
     """Libraries' own chatter off, unless the user's environment asks for it."""
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_CPP_LOG_LEVEL": "ERROR",

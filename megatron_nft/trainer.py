@@ -90,7 +90,7 @@ class Run:
         self.sampler.sync(self.policy.weights(), version=self.first_step)
 
     def __enter__(self) -> Self:
-        if self.first_step == 0 and self._validate(0):
+        if self.first_step == 0 and self.config.evaluation.interval and self._validate(0):
             self.log.commit(0)
         return self
 

@@ -52,6 +52,8 @@ def set_environment(rollout: RolloutConfig) -> None:
         ("HF_HUB_OFFLINE", "1"),
     ):
         os.environ.setdefault(name, value)
+    if not torch.cuda.is_available():
+        logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)  # "Triton doesn't include CPU backend", by design
     warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*", category=FutureWarning)  # raised by vLLM's import
 
 

@@ -80,7 +80,9 @@ def _write_shards(directory: Path, tensors: Iterator[tuple[str, Tensor]], max_sh
     total = filled = 0
 
     def flush() -> None:
-        save_file(shard, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
+        file = directory / f"shard-{len(shards)}"
+        save_file(shard, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # safetensors keeps its files to their owner
         shards.append(list(shard))
         shard.clear()
 

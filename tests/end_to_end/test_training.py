@@ -58,10 +58,10 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
 
 
 def test_the_reward_rises(finished):
-    """From 35-50 % by at least 8 points in eight steps (an update the wrong way round loses more than that)."""
+    """By at least 10 points in eight steps of two updates, from some 30 %."""
     rates = [row["train/correct_rate"] for row in rows(finished[0]) if row["step"] > 0]
     assert len(rates) == 8
-    assert sum(rates[-2:]) / 2 > sum(rates[:2]) / 2 + 0.08
+    assert sum(rates[-2:]) / 2 > sum(rates[:2]) / 2 + 0.1
 
 
 def test_the_run_directory_is_complete(finished):

@@ -66,7 +66,10 @@ def test_held_out_questions_are_in_no_other_stream():
 def test_written_files_share_no_formula_in_any_wording(tmp_path):
     """The disjointness of what is on disk, read back from the question texts and not from the ids."""
     make_data.write(tmp_path, {"train": 4000, "prompts": 4000, "heldout": 256}, seed=3)
-    formulas = [{formula_in(json.loads(line)["problem"]) for line in (tmp_path / f"{name}.jsonl").open()} for name in ("worked", "prompts", "heldout")]
+    formulas = [
+        {formula_in(json.loads(line)["problem"]) for line in (tmp_path / f"{name}.jsonl").open()}
+        for name in ("worked", "prompts", "heldout")
+    ]
     assert all(formulas)
     assert len(set.union(*formulas)) == sum(map(len, formulas))
 
