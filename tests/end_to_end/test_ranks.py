@@ -1,0 +1,75 @@
+"""Whole training steps on two ranks, trainer and vLLM engines together, equal those on one rank."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support import ROOT
+
+SETTINGS = [
+    "train.steps=1",
+    "rollout.prompts_per_step=8",
+    "rollout.prompts_per_draw=12",
+    "train.prompts_per_update=4",
+    "train.tokens_per_micro_batch=2048",
+    "evaluation.sets.0.limit=12",
+    "evaluation.k=2",
+    "evaluation.interval=1",
+    "rollout.cpu_kvcache_space=1",
+    "optimizer.lr=0.03",  # with so large an adam_eps an update goes with the gradient: about 1e-3, and nothing hangs on the sign of zero
+    "optimizer.adam_eps=0.01",
+]
+
+
+def train(run_dir: Path, ranks: int, *overrides: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """The rows of metrics.jsonl and the exported tensors."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "megatron_nft", "train", "examples/arithmetic/nft.yaml", f"run_dir={run_dir}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *SETTINGS, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return rows, load_file(run_dir / "huggingface" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("single") / "run", 1)
+
+
+LAYOUTS = {
+    "two replicas, two engines": ["parallel.tensor_model_parallel_size=1"],
+    "one TP2 model, one TP2 engine": ["parallel.tensor_model_parallel_size=2", "rollout.tensor_parallel_size=2"],
+    "two stages, two engines": ["parallel.pipeline_model_parallel_size=2"],
+}
+SAMPLED = ("correct_rate", "prompts_sent", "groups_kept", "response_length", "draws")  # the same answers, token for token
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_equal_one(layout, single, tmp_path):
+    """The same answers, norms to 1e-4 relative, weights (which move by some 1e-3) to 2e-6; and what the new weights answer is the same."""
+    rows, tensors = train(tmp_path / "run", 2, *LAYOUTS[layout])
+    expected_rows, expected = single
+    for name in SAMPLED:
+        assert rows[1][f"train/{name}"] == expected_rows[1][f"train/{name}"], name
+    for name in ("grad_norm", "entropy", "negative_coefficient"):
+        assert rows[1][f"train/{name}"] == pytest.approx(expected_rows[1][f"train/{name}"], rel=1e-4), name
+    for name in expected:
+        torch.testing.assert_close(tensors[name], expected[name], rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert [validation(row) for row in rows] == [validation(row) for row in expected_rows]
+    start = load_file(ROOT / "examples/arithmetic/model/model.safetensors")
+    assert max((expected[name] - start[name]).abs().max() for name in start) > 3e-4
+    if layout.endswith("two engines"):
+        assert sorted(path.name for path in (tmp_path / "run" / "rollouts").iterdir()) == ["step_1-0.parquet", "step_1-1.parquet"]
+
+
+def validation(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key.startswith("validation/")}
