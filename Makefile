@@ -17,7 +17,7 @@ $(VENV)/installed: requirements/cpu.txt requirements/install.sh setup.py
 	@touch $@
 
 demo: setup
-	@rm -rf $(DEMO_RUN)
+	@if [ -f $(DEMO_RUN)/config.yaml ]; then rm -rf $(DEMO_RUN); fi  # an earlier demo's; nothing else is removed
 	$(RUN) -m megatron_nft train examples/arithmetic/nft.yaml run_dir=$(DEMO_RUN) $(DEMO_ARGS)
 
 test: setup

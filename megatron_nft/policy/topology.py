@@ -111,12 +111,16 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+_world_of_one: dict[str, str] = {}  # what start_distributed put into the environment in a launcher's place
+
+
 def start_distributed() -> None:
     """Start torch.distributed as the launcher's environment says; a world of one where there is no launcher."""
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:  # no launcher: a world of one
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        _world_of_one.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(_world_of_one)  # vLLM reads it, too
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl")
@@ -131,10 +135,12 @@ def _free_port() -> int:
 
 
 def shutdown() -> None:
-    """Tear down Megatron's groups and torch.distributed."""
+    """Tear down Megatron's groups and torch.distributed; leave the environment as it was found."""
     if dist.is_initialized():
         if "megatron.core" in sys.modules:  # evaluation runs without it
             from megatron.core import parallel_state
 
             parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+    while _world_of_one:  # a process started later is no rank of this world
+        os.environ.pop(_world_of_one.popitem()[0], None)

@@ -1,6 +1,9 @@
 """Layouts that cannot be: said before anything is started."""
 
+import os
+
 import pytest
+import torch.distributed as dist
 
 from megatron_nft.config import ParallelConfig
 from megatron_nft.errors import UserError
@@ -46,3 +49,12 @@ def test_first_rank_and_last_stage():
     assert [p.is_first for p in places] == [True] + [False] * 7
     assert [p.is_last_stage for p in places] == [False] * 4 + [True] * 4
     assert place(0, 1, 1, 1).is_last_stage
+
+
+def test_a_world_of_one_leaves_the_environment_as_it_was():
+    """A program started after it is no rank of it (it would wait for, or fight over, its port)."""
+    before = dict(os.environ)
+    topology.start_distributed()
+    assert dist.get_world_size() == 1 and os.environ["WORLD_SIZE"] == "1"
+    topology.shutdown()
+    assert not dist.is_initialized() and dict(os.environ) == before
