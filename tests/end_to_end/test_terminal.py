@@ -1,10 +1,13 @@
 """Progress on a terminal is one bar that moves; the same program writing to a file prints plain lines (test_training.py)."""
 
+import fcntl
 import json
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 from tests.support import ROOT, load_example
@@ -13,7 +16,8 @@ from tests.support import ROOT, load_example
 def run_in_a_terminal(command: list[str]) -> str:
     """Everything the command writes to a pseudo-terminal of 120 columns."""
     main, terminal = pty.openpty()
-    environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    environment = {**os.environ, "TERM": "xterm"}
     process = subprocess.Popen(command, cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
     os.close(terminal)
     shown = b""
