@@ -11,13 +11,20 @@ from megatron_nft.errors import UserError
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = parser().parse_args(argv)
+    arguments, more = parser().parse_known_args(argv)
+    if any(word.startswith("-") for word in more) or (more and not hasattr(arguments, "overrides")):
+        parser().error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # overrides after --dry-run
+        arguments.overrides += more
     _quiet_libraries()
     try:
         arguments.run(arguments)
     except UserError as error:
         print(f"megatron-nft: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("megatron-nft: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -65,6 +72,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from megatron_nft import policy
     from megatron_nft.evaluation import evaluate_model
 
+    settings.parallel = config.ParallelConfig()  # of the trainer, which evaluation does without
     policy.check(settings, config.max_model_len(settings))
     policy.start_distributed()
     try:

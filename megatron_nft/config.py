@@ -8,7 +8,9 @@ import difflib
 import math
 import re
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -146,7 +148,7 @@ class CheckpointConfig:
 
 @dataclass
 class LoggingConfig:
-    wandb: str = "off"  # off | offline | online
+    wandb: str = "disabled"  # disabled | offline | online
     project: str = "megatron_nft"
     name: str | None = None
 
@@ -238,51 +240,35 @@ def save(config: Config, path: str | Path) -> None:
 
 def check(config: Config) -> None:
     """Raise UserError for values that no model, data or machine could make right."""
-    for key, value, allowed in (
-        ("model.precision", config.model.precision, ("auto", "bf16", "fp32")),
-        ("objective.name", config.objective.name, ("nft",)),
-        ("objective.normalize", config.objective.normalize, (0, 1, 2)),
-        ("objective.ratio", config.objective.ratio, ("token", "sequence")),
-        ("objective.reduction", config.objective.reduction, ("constant", "token-mean", "sequence-mean")),
-        ("train.old_logprobs", config.train.old_logprobs, ("recompute", "rollout")),
-        ("train.recompute_granularity", config.train.recompute_granularity, (None, "full")),
-        ("logging.wandb", config.logging.wandb, ("off", "offline", "online")),
-    ):
-        if value not in allowed:
-            raise UserError(f"{key} is {value!r}", f"use one of {', '.join(map(str, allowed))}")
-    for key, value, least in (
-        ("objective.neg_weight", config.objective.neg_weight, 0.0),
-        ("optimizer.lr", config.optimizer.lr, 0.0),
-        ("optimizer.weight_decay", config.optimizer.weight_decay, 0.0),
-        ("optimizer.clip_grad", config.optimizer.clip_grad, 0.0),
-        ("optimizer.lr_warmup_iters", config.optimizer.lr_warmup_iters, 0),
-        ("evaluation.temperature", config.evaluation.temperature, 1e-3),
-        ("evaluation.interval", config.evaluation.interval, 0),
-        ("checkpoint.interval", config.checkpoint.interval, 0),
-        ("sft.steps", config.sft.steps, 0),
-        ("rollout.temperature", config.rollout.temperature, 1e-3),
-        ("rollout.n", config.rollout.n, 2),
-        ("train.steps", config.train.steps, 0),
-        ("reward.time_limit", config.reward.time_limit, 1),
-        ("evaluation.k", config.evaluation.k, 0),
-        *((f"{part}.{name}", getattr(getattr(config, part), name), 1) for part, name in _COUNTS),
-    ):
-        if not (value >= least and math.isfinite(value)):
+    if not config.run_dir:
+        raise UserError("run_dir is empty", "name a directory")
+    for key, allowed in _CHOICES.items():
+        if _value(config, key) not in allowed:
+            raise UserError(f"{key} is {_value(config, key)!r}", f"use one of {', '.join(map(str, allowed))}")
+    for key, least in _LEAST.items():
+        value = _value(config, key)
+        if value is not None and not (value >= least and math.isfinite(value)):
             raise UserError(f"{key} is {value}", f"use {least} or more")
-    for key, value in (
-        ("rollout.prompts_per_draw", config.rollout.prompts_per_draw),
-        ("evaluation.max_tokens", config.evaluation.max_tokens),
-    ):
-        if value is not None and value < 1:
-            raise UserError(f"{key} is {value}", "use 1 or more, or leave it out")
-    for key, value in (("rollout.top_p", config.rollout.top_p), ("evaluation.top_p", config.evaluation.top_p)):
-        if not 0 < value <= 1:
-            raise UserError(f"{key} is {value}", "use a number above 0, up to 1")
-    for key, value in (("optimizer.adam_beta1", config.optimizer.adam_beta1), ("optimizer.adam_beta2", config.optimizer.adam_beta2)):
-        if not 0 <= value < 1:
-            raise UserError(f"{key} is {value}", "use a number from 0, below 1")
+    for key in _SHARES:
+        if not 0 < _value(config, key) <= 1:
+            raise UserError(f"{key} is {_value(config, key)}", "use a number above 0, up to 1")
+    for key in ("optimizer.adam_beta1", "optimizer.adam_beta2"):
+        if not 0 <= _value(config, key) < 1:
+            raise UserError(f"{key} is {_value(config, key)}", "use a number from 0, below 1")
+    for dataset in [*config.data.train, *config.evaluation.sets, *config.sft.data]:
+        if dataset.limit is not None and dataset.limit < 1:
+            raise UserError(f"limit of {dataset.path} is {dataset.limit}", "use 1 or more, or leave it out")
+    _check_pairs(config)
+
+
+def _check_pairs(config: Config) -> None:
+    """Raise UserError for settings that do not go together."""
     if not config.objective.eps > 0:
         raise UserError(f"objective.eps is {config.objective.eps}", "use a number above 0; the paper's is 1.0")
+    if config.train.old_logprobs == "rollout" and config.rollout.top_p < 1:
+        raise UserError(
+            "train.old_logprobs is rollout and rollout.top_p below 1", "use recompute: the sampler's are log-probs of a cut distribution"
+        )
     if config.rollout.prompts_per_step % config.train.prompts_per_update:
         raise UserError(
             f"rollout.prompts_per_step ({config.rollout.prompts_per_step}) is no multiple of "
@@ -298,6 +284,11 @@ def check(config: Config) -> None:
         )
 
 
+def _value(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    return reduce(getattr, key.split("."), config)
+
+
 def max_answer_length(config: Config) -> int:
     """Tokens of the longest answer, in training or in validation."""
     return max(config.rollout.max_tokens, config.evaluation.max_tokens or 0)
@@ -308,22 +299,53 @@ def max_model_len(config: Config) -> int:
     return config.data.max_prompt_length + max_answer_length(config)
 
 
-_COUNTS = (
-    ("parallel", "tensor_model_parallel_size"),
-    ("parallel", "pipeline_model_parallel_size"),
-    ("rollout", "prompts_per_step"),
-    ("rollout", "max_tokens"),
-    ("rollout", "max_draws"),
-    ("rollout", "max_num_seqs"),
-    ("rollout", "tensor_parallel_size"),
-    ("reward", "workers"),
-    ("train", "prompts_per_update"),
-    ("train", "tokens_per_micro_batch"),
-    ("data", "max_prompt_length"),
-    ("objective", "reduction_constant"),
-    ("checkpoint", "keep"),
-    ("sft", "sequences_per_update"),
-)
+_CHOICES = {
+    "model.precision": ("auto", "bf16", "fp32"),
+    "objective.name": ("nft",),
+    "objective.normalize": (0, 1, 2),
+    "objective.ratio": ("token", "sequence"),
+    "objective.reduction": ("constant", "token-mean", "sequence-mean"),
+    "train.old_logprobs": ("recompute", "rollout"),
+    "train.recompute_granularity": (None, "full"),
+    "logging.wandb": ("disabled", "offline", "online"),
+}
+_SHARES = ("rollout.top_p", "evaluation.top_p", "rollout.gpu_memory_utilization")
+_LEAST = {
+    "seed": 0,
+    "parallel.tensor_model_parallel_size": 1,
+    "parallel.pipeline_model_parallel_size": 1,
+    "data.max_prompt_length": 1,
+    "rollout.prompts_per_step": 1,
+    "rollout.prompts_per_draw": 1,
+    "rollout.n": 2,
+    "rollout.temperature": 1e-3,
+    "rollout.max_tokens": 1,
+    "rollout.max_draws": 1,
+    "rollout.tensor_parallel_size": 1,
+    "rollout.max_num_seqs": 1,
+    "rollout.max_num_batched_tokens": 1,
+    "rollout.cpu_kvcache_space": 1,
+    "reward.workers": 1,
+    "reward.time_limit": 1,
+    "objective.neg_weight": 0.0,
+    "objective.reduction_constant": 1e-12,
+    "optimizer.lr": 0.0,
+    "optimizer.lr_warmup_iters": 0,
+    "optimizer.adam_eps": 0.0,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.clip_grad": 0.0,
+    "train.steps": 0,
+    "train.prompts_per_update": 1,
+    "train.tokens_per_micro_batch": 1,
+    "evaluation.interval": 0,
+    "evaluation.k": 0,
+    "evaluation.temperature": 1e-3,
+    "evaluation.max_tokens": 1,
+    "checkpoint.interval": 0,
+    "checkpoint.keep": 1,
+    "sft.steps": 0,
+    "sft.sequences_per_update": 1,
+}
 
 
 def _explain(error: OmegaConfBaseException, path: Path) -> UserError:

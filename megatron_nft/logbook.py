@@ -46,7 +46,7 @@ class Logbook:
         self._stream = stream or sys.stdout
         cut_rows(run_dir / METRICS, first_step)
         self._file = open(run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (close() closes it)
-        if wandb is not None and wandb.wandb != "off":
+        if wandb is not None and wandb.wandb != "disabled":
             self._wandb = _start_wandb(run_dir, wandb, config or {}, resumed=first_step > 0)
         if self._stream.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, desc=title, file=self._stream, dynamic_ncols=True,
@@ -220,6 +220,12 @@ def cut_rows(path: Path, last_step: int) -> None:
     os.replace(temporary, path)
 
 
+def writable(directory: Path) -> bool:
+    """Whether the directory can be written or made."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK)
+
+
 def duration(seconds: float) -> str:
     """A length of time as one reads it: 4.2 s, 38 s, 12 min, 3 h 05 min."""
     if seconds < 10:
@@ -240,7 +246,7 @@ def _start_wandb(run_dir: Path, settings: LoggingConfig, config: dict, resumed: 
     try:
         import wandb
     except ModuleNotFoundError:
-        raise UserError("logging.wandb is set, but wandb is not installed", "pip install wandb, or set logging.wandb=off") from None
+        raise UserError("logging.wandb is set, but wandb is not installed", "pip install wandb, or set logging.wandb=disabled") from None
     id_file = run_dir / "wandb_id.txt"
     run_id = id_file.read_text().strip() if resumed and id_file.exists() else None
     run = wandb.init(project=settings.project, name=settings.name, id=run_id, dir=run_dir, mode=settings.wandb, config=config,

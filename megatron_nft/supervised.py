@@ -16,11 +16,12 @@ from megatron_nft.policy import checkpoint
 
 def sft(config: Config) -> None:
     """Train config.model.path on config.sft.data, mean negative log-likelihood of the answer tokens, and export the result."""
-    resume_from = checkpoint.find(config)
+    resume_from = checkpoint.find(config, "sft")
     policy.check(config, window=1)
     examples = load_examples(config)
     topology = policy.initialize(config.parallel, config.seed)
     model = policy.Policy(config, topology)
+    model.temperature = 1.0
     first_step = model.load(resume_from)["step"] if resume_from else 0
     run_dir = Path(config.run_dir)
     if topology.is_first:
@@ -35,12 +36,12 @@ def sft(config: Config) -> None:
         with log.stage("train"):
             totals = model.update(batches, objectives.likelihood, ["terms_count", "nll_sum"])
         log.add({f"train/{name}": totals[name] for name in ("loss", "grad_norm", "lr")}, tokens=totals["terms_count"])
+        log.commit(step)
         if step == config.sft.steps or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
             with log.stage("checkpoint"):
-                model.save(run_dir / "checkpoints" / f"step_{step}", {"step": step})
+                model.save(run_dir / "checkpoints" / f"step_{step}", {"command": "sft", "step": step})
                 if topology.is_first:
                     checkpoint.prune(run_dir, config.checkpoint.keep)
-        log.commit(step)
     if config.checkpoint.export:
         model.export(run_dir / "huggingface")
         log.note(f"wrote {run_dir / 'huggingface'}")
@@ -63,6 +64,12 @@ def load_examples(config: Config) -> list[batching.TrainingAnswer]:
             text = prompts.chat_text(row["question"], tokenizer, config.data, row.get("turns", ()))
             prompt = tokenizer.encode(text, add_special_tokens=False)
             response = tokenizer.encode(row["solution"], add_special_tokens=False) + [tokenizer.eos_token_id]
+            if len(prompt) + len(response) > config.train.tokens_per_micro_batch:
+                raise UserError(
+                    f"row {row['id']} of {dataset.path} is {len(prompt) + len(response)} tokens long, "
+                    f"train.tokens_per_micro_batch is {config.train.tokens_per_micro_batch}",
+                    "raise it, or remove the row",
+                )
             examples.append(batching.TrainingAnswer(prompt, response, [0.0] * len(response), [1] * len(response), 1.0))
     return examples
 

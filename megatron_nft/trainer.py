@@ -8,7 +8,8 @@ from typing import Self
 
 from megatron_nft import batching, evaluation, objectives, policy, prompts, rollout
 from megatron_nft.config import Config, max_model_len, save
-from megatron_nft.logbook import Logbook
+from megatron_nft.errors import UserError
+from megatron_nft.logbook import Logbook, writable
 from megatron_nft.policy import checkpoint, exchange
 from megatron_nft.prompts import Cursor, PromptSet
 from megatron_nft.rewards import Judge
@@ -54,7 +55,8 @@ class Given:
     @classmethod
     def load(cls, config: Config) -> Self:
         """Raises UserError for whatever is missing or does not fit."""
-        found = checkpoint.find(config)
+        found = checkpoint.find(config, "train")
+        check_together(config)
         policy.check(config, max_model_len(config))
         tokenizer = prompts.load_tokenizer(config.model.path)
         training = prompts.load_prompts(config.data.train, tokenizer, config.data)
@@ -62,6 +64,19 @@ class Given:
         if validation:
             evaluation.check(validation, config.evaluation)
         return cls(training, validation, found)
+
+
+def check_together(config: Config) -> None:
+    """Raise UserError for settings that are right each by itself and wrong together or on this machine."""
+    longest, budget = config.data.max_prompt_length + config.rollout.max_tokens, config.train.tokens_per_micro_batch
+    if longest > budget:
+        raise UserError(
+            f"train.tokens_per_micro_batch ({budget}) is less than data.max_prompt_length + rollout.max_tokens ({longest})",
+            "raise it, or lower one of them",
+        )
+    rollout.check_world(config.rollout, policy.world_size())
+    if not writable(Path(config.run_dir)):
+        raise UserError(f"run_dir {config.run_dir} cannot be written", "choose a directory of your own on a disk that can be written")
 
 
 class Run:
@@ -148,10 +163,10 @@ class Run:
         self.log.add({f"train/{name}": value for name, value in objectives.summarize(updates, config.optimizer.clip_grad).items()})
         if config.evaluation.interval and (step % config.evaluation.interval == 0 or last):
             self._validate(step)
+        self.log.commit(step)  # before the save: a run that is killed between the two makes the row again, and none is lost
         if last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
-            with self.log.stage("checkpoint"):
+            with self.log.stage("checkpoint"):  # counts to the next row
                 self._save(step)
-        self.log.commit(step)
 
     def _validate(self, step: int) -> bool:
         """Whether there was anything to validate on."""
@@ -161,7 +176,7 @@ class Run:
         return bool(self.validation)
 
     def _save(self, step: int) -> None:
-        state = {"step": step, "cursor": self.cursor.state_dict()}
+        state = {"command": "train", "step": step, "cursor": self.cursor.state_dict()}
         self.policy.save(self.run_dir / "checkpoints" / f"step_{step}", state)
         if self.topology.is_first:
             checkpoint.prune(self.run_dir, self.config.checkpoint.keep)

@@ -9,7 +9,7 @@ fail() { echo "setup: $*" >&2; exit 2; }
 
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
   || fail "$PYTHON is not Python 3.11, for which requirements/cpu.txt is locked: install python3.11 or set PYTHON="
-[ -x "$venv/bin/python" ] || "$PYTHON" -m venv "$venv" \
+"$venv/bin/python" -m pip --version > /dev/null 2>&1 || "$PYTHON" -m venv --clear "$venv" \
   || fail "$PYTHON cannot make a virtual environment: install python3.11-venv"
 pip() { "$venv/bin/python" -m pip "$@" --disable-pip-version-check --quiet; }
 

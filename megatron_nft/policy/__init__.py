@@ -2,6 +2,6 @@
 
 from megatron_nft.policy.model import check, kernels, precision_of
 from megatron_nft.policy.policy import Policy
-from megatron_nft.policy.topology import Topology, initialize, shutdown, start_distributed
+from megatron_nft.policy.topology import Topology, initialize, shutdown, start_distributed, world_size
 
-__all__ = ["Policy", "Topology", "check", "initialize", "kernels", "precision_of", "shutdown", "start_distributed"]
+__all__ = ["Policy", "Topology", "check", "initialize", "kernels", "precision_of", "shutdown", "start_distributed", "world_size"]

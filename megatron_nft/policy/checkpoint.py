@@ -122,8 +122,8 @@ def _fingerprint(file: Path) -> list[int | None]:
     return [size, zlib.crc32(file.read_bytes()) if size <= CHECKED else None]
 
 
-def find(config: Config) -> Path | None:
-    """The checkpoint a run continues from; None for a new run.
+def find(config: Config, command: str) -> Path | None:
+    """The checkpoint a run of `command` continues from (its state names the command); None for a new run.
 
     Raises UserError for a run directory that is in use while `resume` is off, and for one whose checkpoints are all damaged: to begin
     anew would overwrite what is there.
@@ -133,6 +133,8 @@ def find(config: Config) -> Path | None:
         found = newest(run_dir)
         if found is None and (damaged := [d for d in _numbered(run_dir) if (d / MANIFEST).exists()]):
             read_manifest(damaged[-1])
+        if found and (other := read_manifest(found)["state"].get("command")) != command:
+            raise UserError(f"run_dir {run_dir} holds a run of `{other}`, not of `{command}`", "choose another run_dir")
         return found
     if (run_dir / "config.yaml").exists():
         raise UserError(f"run_dir {run_dir} already holds a run", "choose another run_dir, or set resume=true to continue it")
@@ -152,8 +154,9 @@ def newest(run_dir: Path) -> Path | None:
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for directory in _numbered(run_dir)[:-keep]:
+    """Delete all but the newest `keep` checkpoints, and what was left unfinished."""
+    complete = [directory for directory in _numbered(run_dir) if (directory / MANIFEST).exists()]
+    for directory in set(_numbered(run_dir)) - set(complete[-keep:]):
         shutil.rmtree(directory)
 
 

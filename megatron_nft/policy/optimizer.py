@@ -7,14 +7,17 @@ from megatron_nft.config import OptimizerConfig
 FOREVER = 10**9  # updates; the schedule is constant after the warm-up
 
 
-def wrap(model, megatron_config):
-    """DistributedDataParallel with float32 gradients, reduced by sum (megatron_config.calculate_per_token_loss)."""
+def wrap(model, megatron_config, overlap: bool | None = None):
+    """DistributedDataParallel with float32 gradients, reduced by sum (megatron_config.calculate_per_token_loss).
+
+    overlap: reduce gradients while the last micro-batch still runs; by default where there is CUDA.
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
-        overlap_grad_reduce=torch.cuda.is_available(),
+        overlap_grad_reduce=torch.cuda.is_available() if overlap is None else overlap,
         overlap_param_gather=False,
         check_for_nan_in_grad=True,
     )

@@ -28,6 +28,7 @@ class Policy:
         """trainable=False leaves out gradients and optimizer (conversion, parity checks). weights=False leaves the weights unset, for
         load() to fill: config.model.path then needs no more than a config.json."""
         self.config, self.topology = config, topology
+        self.temperature = config.rollout.temperature  # log-probs are of the distribution that is sampled from
         source = load_huggingface(config.model.path) if weights else None
         self.hf = source.config if source else read_json(Path(config.model.path) / "config.json")
         self.table = table_for(self.hf)
@@ -41,6 +42,7 @@ class Policy:
             self.optimizer, self.scheduler = optimizer.make(self.chunk, config.optimizer)
             self.module.config.grad_scale_func = self.optimizer.scale_loss
             self.module.config.finalize_model_grads_func = _sum_gradients
+            self.module.config.no_sync_func = self.chunk.no_sync  # only the last micro-batch of an update starts the reduction
 
     # ---- batches
 
@@ -136,7 +138,7 @@ class Policy:
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
         counted = batch.loss_mask.nonzero()[:, 0]
-        args = model.head_weight(self.module), self.hf["vocab_size"], self.config.rollout.temperature, group
+        args = model.head_weight(self.module), self.hf["vocab_size"], self.temperature, group
         weight, *rest = args
         values = logprobs.logprobs(hidden[counted], weight, batch.targets[counted], *rest)
         full = values.new_zeros(len(batch.tokens)).index_put((counted,), values)

@@ -26,6 +26,15 @@ from megatron_nft.rollout.settings import (
 from megatron_nft.trajectories import Response
 
 
+def check_world(rollout: RolloutConfig, world: int) -> None:
+    """Raise UserError where `world` processes do not divide into engines."""
+    if world % rollout.tensor_parallel_size:
+        raise UserError(
+            f"rollout.tensor_parallel_size ({rollout.tensor_parallel_size}) does not divide the number of processes ({world})",
+            "use a divisor of it",
+        )
+
+
 class Engine:
     """A vLLM engine under the external launcher: torch.distributed and RANK, LOCAL_RANK, WORLD_SIZE, MASTER_* are set by the caller.
 
@@ -40,9 +49,7 @@ class Engine:
         Raises UserError where the world does not divide into engines.
         """
         world, rank, tp = dist.get_world_size(), dist.get_rank(), rollout.tensor_parallel_size
-        if world % tp:
-            raise UserError(f"rollout.tensor_parallel_size ({tp}) does not divide the number of processes ({world})",
-                            "use a divisor of it")  # fmt: skip
+        check_world(rollout, world)
         self.count, self.index, self.is_first = world // tp, rank // tp, rank % tp == 0
         self.weight_version = 0
         self._on_gpu = torch.cuda.is_available()

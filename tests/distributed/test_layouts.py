@@ -20,11 +20,11 @@ optimizer: {lr: 1.0, adam_eps: 1.0, clip_grad: 1.0, weight_decay: 0.01}
 """
 
 
-def run(tmp_path: Path, model: Path, ranks: int, *overrides: str) -> dict:
+def run(tmp_path: Path, model: Path, ranks: int, *overrides: str, overlap: bool = False) -> dict:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.replace("PATH", str(model)))
     output = tmp_path / "out.pt"
-    run_ranks(WORKER, ranks, {"config": str(config), "overrides": list(overrides), "output": str(output)}, tmp_path)
+    run_ranks(WORKER, ranks, {"config": str(config), "overrides": list(overrides), "output": str(output), "overlap": overlap}, tmp_path)
     return torch.load(output)
 
 
@@ -48,6 +48,13 @@ LAYOUTS = {
     "DP2": (2, []),
     "TP2 PP2": (4, [TP2, PP2]),
 }
+
+
+def test_overlapped_reduction_with_uneven_updates(model, single, tmp_path):
+    """What a GPU does: the reduction starts within the backward pass of the last micro-batch, of which updates have unequally many."""
+    got = run(tmp_path, model, 2, "train.tokens_per_micro_batch=36", overlap=True)
+    for mine, reference in zip(got["updates"], single["updates"], strict=True):
+        assert mine == pytest.approx(reference, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

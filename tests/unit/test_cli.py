@@ -53,7 +53,12 @@ BAD_SETTINGS = {
     "parallel.tensor_model_parallel_size=3": "attention heads (4) cannot be divided by parallel.tensor_model_parallel_size (3)",
     "parallel.pipeline_model_parallel_size=3": "layers (4) cannot be divided",
     "parallel.tensor_model_parallel_size=2": "world size 1 is not divisible",
-    "rollout.max_tokens=500": "the model's window is 256",
+    "rollout.max_tokens=200": "the model's window is 256",
+    "train.tokens_per_micro_batch=127": "is less than data.max_prompt_length + rollout.max_tokens (128)",
+    "rollout.tensor_parallel_size=2": "does not divide the number of processes (1)",
+    "run_dir=setup.py/run": "cannot be written",
+    "evaluation.sets.0.limit=0": "use 1 or more",
+    "seed=-1": "seed is -1",
 }
 
 
@@ -95,6 +100,13 @@ def test_sft_needs_solutions(folder, capsys):
 def test_evaluate_needs_problems(folder, capsys):
     assert "no problem to evaluate on" in refused(capsys, "evaluate", str(folder / "config.yaml"), "evaluation.sets=[]")
     assert "no model directory" in refused(capsys, "evaluate", str(folder / "config.yaml"), "model.path=nowhere")
+
+
+def test_overrides_may_stand_after_the_flag(folder, capsys):
+    assert "optimizer.lr is -1" in refused(capsys, "train", str(folder / "config.yaml"), "--dry-run", "optimizer.lr=-1")
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", str(folder / "config.yaml"), "--wet-run"])
+    assert "unrecognized arguments: --wet-run" in capsys.readouterr().err
 
 
 def test_report_and_convert_need_their_directories(folder, capsys):

@@ -141,7 +141,7 @@ NAMES = {
     "objective.reduction": (["constant", "token-mean", "sequence-mean"], "mean"),
     "train.old_logprobs": (["recompute", "rollout"], "none"),
     "train.recompute_granularity": ([None, "full"], "selective"),
-    "logging.wandb": (["off", "offline", "online"], "on"),
+    "logging.wandb": (["disabled", "offline", "online"], "on"),
 }
 LEASTS = {
     "objective.neg_weight": 0.0, "optimizer.lr": 0.0, "optimizer.weight_decay": 0.0, "rollout.temperature": 0.001,

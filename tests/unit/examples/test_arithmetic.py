@@ -74,6 +74,16 @@ def test_written_files_share_no_formula_in_any_wording(tmp_path):
     assert len(set.union(*formulas)) == sum(map(len, formulas))
 
 
+def test_the_shipped_files_are_those_of_the_script_and_disjoint(tmp_path):
+    make_data.write(tmp_path, make_data.SIZES, seed=1)
+    formulas = {}
+    for name in ("prompts", "heldout"):
+        shipped = (EXAMPLE / f"{name}.jsonl").read_text()
+        assert shipped == (tmp_path / f"{name}.jsonl").read_text()
+        formulas[name] = {formula_in(json.loads(line)["problem"]) for line in shipped.splitlines()}
+    assert len(formulas["heldout"]) > 200 and not formulas["heldout"] & formulas["prompts"]
+
+
 def test_rows_are_reproducible_and_the_seed_matters():
     def ids(seed):
         return [row["problem"] for row in make_data.rows("prompts", 200, seed)]

@@ -17,13 +17,13 @@ def write(run_dir: Path, step: int, complete: bool = True) -> Path:
     part.write_bytes(b"weights" * 10)
     if complete:
         files = {part.name: checkpoint._fingerprint(part)}
-        manifest = {"layout": {}, "dtype": "float32", "optimizer": True, "files": files, "state": {"step": step}}
+        manifest = {"layout": {}, "dtype": "float32", "optimizer": True, "files": files, "state": {"command": "train", "step": step}}
         (directory / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     return directory
 
 
 def find(run_dir: Path, resume: bool = True) -> Path | None:
-    return checkpoint.find(Config(run_dir=str(run_dir), resume=resume))
+    return checkpoint.find(Config(run_dir=str(run_dir), resume=resume), "train")
 
 
 def test_the_newest_complete_one_is_found(tmp_path):
@@ -56,6 +56,19 @@ def test_without_resume_a_used_directory_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(UserError, match="already holds a run"):
         find(tmp_path, resume=False)
+
+
+def test_a_run_of_another_command_is_refused(tmp_path):
+    write(tmp_path, 1)
+    with pytest.raises(UserError, match="holds a run of `train`, not of `sft`"):
+        checkpoint.find(Config(run_dir=str(tmp_path)), "sft")
+
+
+def test_what_is_unfinished_is_never_kept_for_what_is_complete(tmp_path):
+    for step, complete in ((10, True), (15, True), (20, False)):
+        write(tmp_path, step, complete)
+    checkpoint.prune(tmp_path, 1)
+    assert [d.name for d in (tmp_path / "checkpoints").iterdir()] == ["step_15"]
 
 
 def test_the_newest_are_kept(tmp_path):
