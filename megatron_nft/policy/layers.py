@@ -39,8 +39,10 @@ class PackedAttention(torch.nn.Module):
 
     def forward(self, query, key, value, attention_mask, *, packed_seq_params, **unused) -> torch.Tensor:
         """query [tokens, heads, d], key and value [tokens, kv heads, d] -> [tokens, heads * d]."""
-        out = torch.zeros_like(query)
-        for index, real in _rectangles(packed_seq_params):
+        out, rectangles = torch.zeros_like(query), _rectangles(packed_seq_params)
+        if not rectangles:  # nothing but padding: zeros that autograd can walk through, for DDP waits for every parameter's gradient
+            out = 0.0 * (query + key.sum() + value.sum())
+        for index, real in rectangles:
             q, k, v = (t[index].transpose(1, 2) for t in (query, key, value))  # [rows, heads, length, d]
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
             out = out.index_put((index[real],), attended.transpose(1, 2)[real])
