@@ -7,6 +7,7 @@ import pytest
 
 from megatron_nft.config import Config, DatasetConfig, check, dataset_name, known_keys, load, max_answer_length, max_model_len, save
 from megatron_nft.errors import UserError
+from tests.support import ROOT
 
 LEAST = "run_dir: runs/a\nmodel: {path: models/m}\n"
 
@@ -260,3 +261,9 @@ def test_the_window_holds_the_longest_prompt_and_answer():
     assert (max_answer_length(config), max_model_len(config)) == (80, 180)
     config.evaluation.max_tokens = 20
     assert max_answer_length(config) == 50
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*/*.yaml")), ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_the_examples_load(file):
+    overrides = ["evaluation.sets.0.path=given.jsonl"] if file.name == "gsm8k.yaml" else []
+    assert load(file, overrides).run_dir
