@@ -133,7 +133,7 @@ def find(config: Config, command: str) -> Path | None:
         found = newest(run_dir)
         if found is None and (damaged := [d for d in _numbered(run_dir) if (d / MANIFEST).exists()]):
             read_manifest(damaged[-1])
-        if found and (other := read_manifest(found)["state"].get("command")) != command:
+        if found and (other := read_json(found / MANIFEST)["state"].get("command")) != command:
             raise UserError(f"run_dir {run_dir} holds a run of `{other}`, not of `{command}`", "choose another run_dir")
         return found
     if (run_dir / "config.yaml").exists():
