@@ -12,13 +12,14 @@ from megatron_nft.trajectories import Batch
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of a rollout step as all ranks know them; group g holds answers g*n to (g+1)*n - 1."""
+    """The answers of a rollout step as all ranks know them, group after group. All arrays are [answers]."""
 
-    prompt_lengths: np.ndarray  # int [answers]
-    response_lengths: np.ndarray  # int [answers]
-    loss_tokens: np.ndarray  # int [answers]: sum of the loss mask
-    verdicts: np.ndarray  # float [answers]
-    n: int  # answers per group
+    prompt_lengths: np.ndarray  # int
+    response_lengths: np.ndarray  # int
+    loss_tokens: np.ndarray  # int: sum of the loss mask
+    verdicts: np.ndarray  # float
+    penalties: np.ndarray  # float, <= 0
+    groups: np.ndarray  # int: number of the answer's group, 0, 0, ..., 1, 1, ...
 
     @property
     def lengths(self) -> np.ndarray:
@@ -26,9 +27,9 @@ class Answers:
         return self.prompt_lengths + self.response_lengths
 
     @property
-    def correct_rates(self) -> np.ndarray:
-        """r̂ of every answer's group. [answers]"""
-        return np.repeat(self.verdicts.reshape(-1, self.n).mean(1), self.n)
+    def of_groups(self) -> list[np.ndarray]:
+        """The answer numbers of each group."""
+        return np.split(np.arange(len(self.groups)), np.flatnonzero(np.diff(self.groups)) + 1) if len(self.groups) else []
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class MiniBatch:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every mini-batch of a rollout step, and per answer: r̂, the prompt weight w(q), and 1 / denominator."""
+    """Every mini-batch of a rollout step, and per answer: r̂, its weight in the objective, and 1 / denominator."""
 
     mini_batches: list[MiniBatch]
     correct_rates: np.ndarray  # float [answers]
@@ -70,16 +71,17 @@ class Plan:
 def plan(
     answers: Answers,
     layout: Layout,
-    weight: Callable[[float], float],
+    weights: Callable[[np.ndarray, np.ndarray], np.ndarray],
     reduction: str,
     constant: float,
     per_sequence: bool = False,
 ) -> Plan:
     """Place the answers of a rollout step. Mini-batches keep groups together and in order.
 
-    weight: w(q) as a function of r̂. reduction: `constant` (sum / constant), `token-mean` (sum / loss tokens of the mini-batch),
-    `sequence-mean` (mean over answers of the mean over their tokens). per_sequence: an answer is one term (sequence ratio).
-    All denominators are over the whole mini-batch, so they do not depend on the layout.
+    weights: (verdicts, penalties) of a group's answers -> their weights. reduction: `constant` (sum / constant), `token-mean` (sum /
+    loss tokens of the mini-batch), `sequence-mean` (mean over answers of the mean over their tokens; an answer of which no token is
+    trained on does not count). per_sequence: an answer is one term (one ratio per answer). All denominators are over the whole
+    mini-batch, so they do not depend on the layout.
     Raises UserError if an answer is longer than the token budget.
     """
     if answers.lengths.max(initial=0) > layout.tokens_per_micro_batch:
@@ -88,23 +90,25 @@ def plan(
             f"an answer with its prompt is {longest} tokens long, train.tokens_per_micro_batch is {budget}",
             "raise train.tokens_per_micro_batch, or lower rollout.max_tokens or data.max_prompt_length",
         )
-    rates = answers.correct_rates
-    weights = np.array([weight(r) for r in rates])
-    scales, mini_batches = np.zeros(len(rates)), []
-    size = layout.prompts_per_update * answers.n
-    for start in range(0, len(rates), size):
-        numbers = np.arange(start, min(start + size, len(rates)))
+    rates, weight, scales = (np.zeros(len(answers.groups)) for _ in range(3))
+    groups, mini_batches = answers.of_groups, []
+    for own in groups:
+        rates[own] = answers.verdicts[own].mean()
+        weight[own] = weights(answers.verdicts[own], answers.penalties[own])
+    for start in range(0, len(groups), layout.prompts_per_update):
+        numbers = np.concatenate(groups[start : start + layout.prompts_per_update])
         scales[numbers] = 1.0 / _denominators(answers.loss_tokens[numbers], reduction, constant, per_sequence)
         mini_batches.append(place(numbers, answers.lengths, layout))
-    return Plan(mini_batches, rates, weights, scales)
+    return Plan(mini_batches, rates, weight, scales)
 
 
 def _denominators(loss_tokens: np.ndarray, reduction: str, constant: float, per_sequence: bool) -> np.ndarray | float:
     if reduction == "constant":
         return constant
-    if reduction == "token-mean":
+    if reduction == "token-mean" and not per_sequence:
         return max(loss_tokens.sum(), 1)
-    return len(loss_tokens) * (1.0 if per_sequence else np.maximum(loss_tokens, 1))
+    trained = max((loss_tokens > 0).sum(), 1)
+    return trained * (1.0 if per_sequence else np.maximum(loss_tokens, 1))
 
 
 def place(numbers: np.ndarray, lengths: np.ndarray, layout: Layout) -> MiniBatch:
@@ -184,6 +188,7 @@ def pack(members: list[int], answers: dict[int, TrainingAnswer], plan: Plan, tok
         cu_seqlens=torch.tensor([*starts, tokens], dtype=torch.int32),
         answer_index=torch.from_numpy(index),
         old_logprobs=torch.zeros(tokens),
+        correction=torch.ones(tokens),
         answers=list(members),
     )
 

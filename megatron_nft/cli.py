@@ -42,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. train.steps=10")
         command.set_defaults(run=run)
         if name == "train":
-            command.add_argument("--dry-run", action="store_true", help="check everything that needs no model in memory, and stop")
+            command.add_argument("--dry-run", action="store_true",
+                                 help="print the settings and where each comes from, check everything that needs no model in memory, and stop")  # fmt: skip
     convert = commands.add_parser("convert", help="Hugging Face <-> Megatron checkpoints")
     kinds = convert.add_subparsers(required=True, metavar="KIND")
     for name, source in (("hf-to-megatron", "HF_DIR"), ("megatron-to-hf", "CHECKPOINT_DIR"), ("verify", "HF_DIR")):
@@ -58,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    settings = config.load(arguments.config, arguments.overrides)
+    settings, sources = config.load_with_sources(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        print(config.describe(settings, sources), flush=True)
     from megatron_nft import trainer
 
     if arguments.dry_run:

@@ -137,7 +137,7 @@ class Logbook:
                   file=self._stream, flush=True)  # fmt: skip
             return
         self._accuracy = accuracies[0] if accuracies else self._accuracy  # the bar keeps the newest one
-        self._bar.n = step
+        self._bar.n, self._bar.total = step, self.total_steps
         self._bar.set_description_str(self.title, refresh=False)
         self._bar.set_postfix_str("  ".join(filter(None, [self._accuracy, *parts, *ending])))
 

@@ -89,6 +89,6 @@ def plan(chosen: list[batching.TrainingAnswer], config: Config, data_size: int) 
     """One mini-batch of examples, each its own group, reduced to the mean over answer tokens."""
     prompt_lengths = np.array([len(e.prompt) for e in chosen])
     lengths = np.array([len(e.response) for e in chosen])
-    answers = batching.Answers(prompt_lengths, lengths, lengths, np.ones(len(chosen)), n=1)
+    answers = batching.Answers(prompt_lengths, lengths, lengths, np.ones(len(chosen)), np.zeros(len(chosen)), np.arange(len(chosen)))
     layout = batching.Layout(data_size, config.train.tokens_per_micro_batch, len(chosen))
-    return batching.plan(answers, layout, weight=lambda rate: 1.0, reduction="token-mean", constant=1.0)
+    return batching.plan(answers, layout, weights=lambda verdicts, _: np.ones(len(verdicts)), reduction="token-mean", constant=1.0)

@@ -1,5 +1,7 @@
 """The training loop, Algorithm 1 of arXiv 2505.18116. Every rank runs it."""
 
+import math
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,14 +21,14 @@ from megatron_nft.trajectories import Batch, Group
 def train(config: Config) -> None:
     """Post-train config.model.path on config.data.train; everything that is written goes to config.run_dir."""
     with Run(config) as run:
-        for step in range(run.first_step + 1, config.train.steps + 1):
+        for step in run.steps():
             with run.log.stage("generate"):  # a^1..a^K ~ pi_old for prompts q ~ D, until enough groups have 0 < r̂ < 1
                 groups = run.sample(step)
-            with run.log.stage("batching"):  # w(q), the denominators, and who trains which answer
+            with run.log.stage("batching"):  # w(q) or A, the denominators, and who trains which answer
                 mini_batches = run.batch(groups)
             with run.log.stage("old_logprobs"):  # pi_old(a_t | q, a_<t)
                 run.set_old_logprobs(mini_batches)
-            with run.log.stage("train"):  # L = - sum w(q) [r log R + (1 - r) log max_v((1 - r̂ R) / (1 - r̂), eps)]
+            with run.log.stage("train"):  # NFT: L = - sum w(q) [r log R + (1 - r) log max_v((1 - r̂ R) / (1 - r̂), eps)]
                 updates = [run.policy.update(batches, run.objective, objectives.METRICS) for batches in mini_batches]
             with run.log.stage("sync"):  # pi_old <- pi_theta
                 run.sampler.sync(run.policy.weights(), version=step)
@@ -90,12 +92,12 @@ class Run:
         self.topology = policy.initialize(config.parallel, config.seed)
         self._open.callback(policy.shutdown)
         self.policy = policy.Policy(config, self.topology)
-        self.objective = partial(objectives.OBJECTIVES[config.objective.name], settings=config.objective)
+        self.objective = partial(objectives.loss, settings=config.objective)
         self.cursor = Cursor(given.prompts, config.seed, config.data.shuffle)
-        self.first_step = 0
+        self.first_step = self.tokens = 0  # tokens: sampled so far
         if given.checkpoint:
             state = self.policy.load(given.checkpoint)
-            self.first_step = state["step"]
+            self.first_step, self.tokens = state["step"], state["tokens"]
             self.cursor.load_state_dict(state["cursor"])
         self.log = self._open.enter_context(self._open_log())
         precision = policy.precision_of(config.model.precision)
@@ -125,13 +127,26 @@ class Run:
             log.note(f"resumed after step {self.first_step}")
         return log
 
+    def steps(self) -> Iterator[int]:
+        """The rollout steps that are left: up to train.steps, or until train.sampled_tokens have been sampled."""
+        step = self.first_step
+        while not self._is_last(step):
+            step += 1
+            yield step
+
+    def _is_last(self, step: int) -> bool:
+        budget = self.config.train.sampled_tokens
+        return step >= self.config.train.steps or (budget is not None and self.tokens >= budget)
+
     def sample(self, step: int) -> list[Group]:
-        """One rollout step: this rank's mixed groups. Its statistics go to the log, its answers to rollouts/."""
+        """One rollout step: this rank's groups to train on. Its statistics go to the log, its answers to rollouts/."""
         result = self.sampler.groups(step)
         for warning in result.warnings:
             self.log.note(f"step {step}: {warning}")
         self.log.count_as("rewards", result.reward_seconds)
-        self.log.add({f"train/{name}": value for name, value in result.statistics.items()}, tokens=result.statistics["sampled_tokens"])
+        tokens = result.statistics["sampled_tokens"]
+        self.tokens += tokens
+        self.log.add({f"train/{name}": value for name, value in result.statistics.items()}, tokens=tokens)
         if self.config.rollout.save and self.engine.is_first:
             path = rollout.rollout_path(self.run_dir, step, self.engine.index, self.engine.count)
             rollout.write_rollouts(path, step, result.groups)
@@ -140,26 +155,30 @@ class Run:
     def batch(self, groups: list[Group]) -> list[list[Batch]]:
         """This rank's micro-batches of every mini-batch of the rollout step."""
         settings, train_settings = self.config.objective, self.config.train
-        answers, numbers = exchange.table(groups, self.config.rollout.n)
+        answers, numbers = exchange.table(groups)
         layout = batching.Layout(self.topology.data_size, train_settings.tokens_per_micro_batch, train_settings.prompts_per_update)
-        weight = partial(objectives.prompt_weight, normalize=settings.normalize)
-        by_sequence = settings.ratio == "sequence"
-        plan = batching.plan(answers, layout, weight, settings.reduction, settings.reduction_constant, by_sequence)
+        weights = partial(objectives.weights, settings=settings)
+        plan = batching.plan(answers, layout, weights, settings.reduction, settings.reduction_constant, settings.ratio != "token")
         if plan.mini_batches:
             self.log.add({"train/fill": sum(m.fill for m in plan.mini_batches) / len(plan.mini_batches)})
         return self.policy.receive(groups, numbers, plan)
 
     def set_old_logprobs(self, mini_batches: list[list[Batch]]) -> None:
-        """pi_old: a Megatron forward pass, or the sampler's own numbers."""
+        """pi_old: a Megatron forward pass, or the sampler's own numbers; then the pass is over the first mini-batch, for the metrics."""
         batches = [batch for mini in mini_batches for batch in mini]
-        if self.config.train.old_logprobs == "rollout":
+        if not batches:
+            return
+        ours = self.config.train.old_logprobs == "recompute"
+        measured = self.policy.fill_old_logprobs(batches if ours else mini_batches[0], self.config.objective)
+        self.log.add({f"train/{name}": value for name, value in measured.items()})
+        if not ours:
             self.policy.copy_old_logprobs(batches)
-        elif batches:
-            self.log.add({f"train/{name}": value for name, value in self.policy.fill_old_logprobs(batches).items()})
 
     def finish_step(self, step: int, updates: list[dict[str, float]]) -> None:
         """Log, validate, save."""
-        config, last = self.config, step == self.config.train.steps
+        config, last = self.config, self._is_last(step)
+        if config.train.sampled_tokens is not None:  # as many steps as the tokens so far promise
+            self.log.total_steps = step if last else min(config.train.steps, math.ceil(step * config.train.sampled_tokens / self.tokens))
         self.log.add({f"train/{name}": value for name, value in objectives.summarize(updates, config.optimizer.clip_grad).items()})
         if config.evaluation.interval and (step % config.evaluation.interval == 0 or last):
             self._validate(step)
@@ -176,7 +195,7 @@ class Run:
         return bool(self.validation)
 
     def _save(self, step: int) -> None:
-        state = {"command": "train", "step": step, "cursor": self.cursor.state_dict()}
+        state = {"command": "train", "step": step, "tokens": self.tokens, "cursor": self.cursor.state_dict()}
         self.policy.save(self.run_dir / "checkpoints" / f"step_{step}", state)
         if self.topology.is_first:
             checkpoint.prune(self.run_dir, self.config.checkpoint.keep)

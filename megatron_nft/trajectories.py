@@ -46,7 +46,7 @@ class Response:
     text: str
     loss_mask: list[int] | None = None  # None: every token counts
     verdict: Verdict | None = None
-    penalty: float = 0.0  # e.g. overlong; kept apart from the verdict
+    penalty: float = 0.0  # <= 0, e.g. overlong; kept apart from the verdict
 
     def mask(self) -> list[int]:
         """The per-token loss mask, all ones where none was set."""
@@ -68,8 +68,8 @@ class Group:
 
     @property
     def is_mixed(self) -> bool:
-        """0 < r̂ < 1: the only groups an objective learns from."""
-        return 0.0 < self.correct_rate < 1.0
+        """Not all verdicts are equal (0 < r̂ < 1 where they are 0 or 1): the only groups an objective learns from."""
+        return len({response.verdict.score for response in self.responses}) > 1
 
 
 @dataclass
@@ -88,10 +88,11 @@ class Batch:
     answer_index: torch.Tensor  # int64: number of the answer within this micro-batch; padding: the number of answers
     verdict: torch.Tensor  # r of the token's answer, in [0, 1]
     correct_rate: torch.Tensor  # r̂ of the token's group
-    weight: torch.Tensor  # prompt weight w(q)
+    weight: torch.Tensor  # of the token's answer in the objective: prompt weight w(q), or advantage
     scale: torch.Tensor  # 1 / denominator of the reduction, over the whole mini-batch
     sampler_logprobs: torch.Tensor
     old_logprobs: torch.Tensor
+    correction: torch.Tensor  # factor of the token's loss for a sampler that is not exactly the trainer
     answers: list[int]  # their numbers in the rollout step, in packing order
 
     @property

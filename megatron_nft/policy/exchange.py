@@ -6,35 +6,37 @@ import torch.distributed as dist
 
 from megatron_nft.batching import Answers, Plan, TrainingAnswer
 from megatron_nft.policy.topology import Topology, device
-from megatron_nft.trajectories import Group
+from megatron_nft.trajectories import Group, Response
 
 
-def table(groups: list[Group], n: int) -> tuple[Answers, list[int]]:
+def table(groups: list[Group]) -> tuple[Answers, list[int]]:
     """Lengths and verdicts of all ranks' groups, in order of position: what batching.plan needs, and all that is gathered.
 
-    `groups` are this rank's own, of n answers each. Returns the table and the number of each own group in it; group g holds
-    answers g*n to (g+1)*n - 1.
+    `groups` are this rank's own. Returns the table and, for each own group, the number of its first answer in it.
     """
-    own = [
-        (group.position, [(len(group.prompt.token_ids), len(r.token_ids), sum(r.mask()), r.verdict.score) for r in group.responses])
-        for group in groups
-    ]
+    own = [(group.position, [_row(group, response) for response in group.responses]) for group in groups]
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     ordered = sorted((row for rows in everyone for row in rows), key=lambda row: row[0])
-    number = {position: i for i, (position, _) in enumerate(ordered)}
-    values = np.array([answer for _, answers in ordered for answer in answers], dtype=np.float64).reshape(-1, 4)
+    sizes = [len(answers) for _, answers in ordered]
+    first = dict(zip((position for position, _ in ordered), np.cumsum([0, *sizes]).tolist()))
+    values = np.array([answer for _, answers in ordered for answer in answers], dtype=np.float64).reshape(-1, 5)
     lengths = values[:, :3].astype(np.int64)
-    return Answers(lengths[:, 0], lengths[:, 1], lengths[:, 2], values[:, 3], n), [number[g.position] for g in groups]
+    of_group = np.repeat(np.arange(len(sizes)), sizes)
+    return Answers(*lengths.T, values[:, 3], values[:, 4], of_group), [first[group.position] for group in groups]
+
+
+def _row(group: Group, response: Response) -> tuple[float, ...]:
+    return len(group.prompt.token_ids), len(response.token_ids), sum(response.mask()), response.verdict.score, response.penalty
 
 
 def exchange(groups: list[Group], numbers: list[int], plan: Plan, topology: Topology) -> dict[int, TrainingAnswer]:
-    """Answers that this rank's replica trains, by their number in the plan. `numbers` are those of `groups` (from `table`)."""
+    """Answers that this rank's replica trains, by their number in the plan. `numbers` are those of the groups' first answers (from
+    `table`)."""
     replica_of = plan.replica_of()
     outbox: list[list[np.ndarray]] = [[] for _ in range(topology.world_size)]
-    for group, group_number in zip(groups, numbers):
-        for k, response in enumerate(group.responses):
-            number = group_number * len(group.responses) + k
+    for group, first in zip(groups, numbers):
+        for number, response in enumerate(group.responses, first):
             record = _encode(number, group.prompt.token_ids, response)
             for rank, replica in enumerate(topology.replica_of_rank):
                 if replica == replica_of[number]:

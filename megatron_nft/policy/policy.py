@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_nft.batching import Plan, TrainingAnswer, pack
-from megatron_nft.config import Config
+from megatron_nft.config import Config, ObjectiveConfig
 from megatron_nft.errors import UserError
-from megatron_nft.objectives import Inputs
+from megatron_nft.objectives import MISMATCH, Inputs, correction, summarize_mismatch
 from megatron_nft.policy import checkpoint, exchange, logprobs, model, optimizer
 from megatron_nft.policy.topology import Topology, device
 from megatron_nft.trajectories import Batch, Group
@@ -58,27 +58,22 @@ class Policy:
 
     # ---- log-probs and updates
 
-    def fill_old_logprobs(self, batches: list[Batch]) -> dict[str, float]:
-        """Set old_logprobs of every micro-batch to this model's log-probs (on the last pipeline stage, where they are used).
+    def fill_old_logprobs(self, batches: list[Batch], settings: ObjectiveConfig) -> dict[str, float]:
+        """Set old_logprobs of every micro-batch to this model's log-probs, and the correction of a sampler that differs from them (both
+        on the last pipeline stage, where they are used).
 
-        Returns per-token means over all ranks: entropy in nats, and |old - sampler| log-prob.
+        Returns over all ranks: mean entropy of a token, in nats, and what objectives.summarize_mismatch tells.
         """
 
         def collect(output, batch: Batch):
             values, entropy = self._logprobs(output, batch, with_entropy=True)
             batch.old_logprobs = values.float()
-            mask = batch.loss_mask
-            sums = {
-                "terms_count": mask.sum(),
-                "entropy": (entropy * mask).sum(),
-                "logprob_difference": ((values - batch.sampler_logprobs).abs() * mask).sum(),
-            }
-            return values.sum() * 0.0, torch.zeros((), dtype=torch.int), sums
+            batch.correction, sums = correction(batch.old_logprobs, batch.sampler_logprobs, batch.loss_mask, batch.answer_index, settings)
+            return values.sum() * 0.0, torch.zeros((), dtype=torch.int), sums | {"entropy": (entropy * batch.loss_mask).sum()}
 
         with torch.no_grad():
-            sums = self._totals(self._run(batches, collect, forward_only=True), ["terms_count", "entropy", "logprob_difference"])
-        count = max(sums.pop("terms_count"), 1.0)
-        return {name: value / count for name, value in sums.items()}
+            sums = self._totals(self._run(batches, collect, forward_only=True), [*MISMATCH, "entropy"])
+        return {"entropy": sums["entropy"] / max(sums["mismatch_count"], 1.0), **summarize_mismatch(sums)}
 
     def copy_old_logprobs(self, batches: list[Batch]) -> None:
         """Take the sampler's log-probs for pi_old (`old_logprobs: rollout`)."""
@@ -95,7 +90,7 @@ class Policy:
         def loss_of(output, batch: Batch):
             values, _ = self._logprobs(output, batch)
             inputs = Inputs(values, batch.old_logprobs, batch.verdict, batch.correct_rate, batch.weight, batch.scale,
-                            batch.loss_mask, batch.answer_index)  # fmt: skip
+                            batch.correction, batch.loss_mask, batch.answer_index)  # fmt: skip
             loss, metrics = objective(inputs)
             return loss, torch.zeros((), dtype=torch.int), {"loss": loss.detach(), **metrics}
 

@@ -1,4 +1,5 @@
-"""Dynamic sampling: prompts are drawn until enough groups are mixed (0 < r̂ < 1), the only ones an objective learns from.
+"""Dynamic sampling: prompts are drawn until enough groups are mixed (0 < r̂ < 1), the only ones an objective learns from. Without it
+one draw is all, and every group is trained on.
 
 Every rank takes the same prompts from its copy of the cursor; prompt i of a draw is answered by engine i mod engines. What is
 kept is decided from rates that all ranks have gathered, so the decision is the same everywhere.
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_nft.config import Config
+from megatron_nft.rewards.length import settle
 from megatron_nft.rollout.engine import Engine, Request
 from megatron_nft.trajectories import OUTCOMES, Group, Prompt, Response
 
@@ -42,15 +44,22 @@ class GroupSummary:
     """What the other engines learn of a group."""
 
     position: int  # of the prompt within the step
-    rates: tuple[float, ...]  # the verdicts
-    lengths: tuple[int, ...]  # of the answers, in tokens
-    truncated: int  # answers that ended by length
-    outcomes: Counter
+    rates: tuple[float, ...]  # the verdicts of its answers, dropped ones left out; may be empty
+    lengths: tuple[int, ...]  # of these answers, in tokens
+    sampled: int  # answers, dropped ones included
+    sampled_tokens: int
+    truncated: int  # answers that ended by length, dropped ones included
+    outcomes: Counter  # of all sampled answers
 
     @property
     def correct_rate(self) -> float:
         """r̂."""
         return sum(self.rates) / len(self.rates)
+
+    @property
+    def is_mixed(self) -> bool:
+        """As Group.is_mixed."""
+        return len(set(self.rates)) > 1
 
 
 def seed_of(*parts: int | str) -> int:
@@ -58,14 +67,17 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def summarise(position: int, group: Group) -> GroupSummary:
-    """The summary of a judged group."""
+def summarise(position: int, group: Group, sampled: list[Response] | None = None) -> GroupSummary:
+    """The summary of a judged group. `sampled`: all of its answers, where some have been dropped."""
+    sampled = group.responses if sampled is None else sampled
     return GroupSummary(
         position=position,
         rates=tuple(response.verdict.score for response in group.responses),
         lengths=tuple(len(response.token_ids) for response in group.responses),
-        truncated=sum(response.finish_reason == "length" for response in group.responses),
-        outcomes=Counter(response.verdict.outcome for response in group.responses),
+        sampled=len(sampled),
+        sampled_tokens=sum(len(response.token_ids) for response in sampled),
+        truncated=sum(response.finish_reason == "length" for response in sampled),
+        outcomes=Counter(response.verdict.outcome for response in sampled),
     )
 
 
@@ -110,28 +122,31 @@ class Sampler:
     def __init__(self, engine: Engine, judge: "Judge | None", cursor: "Cursor", config: Config):
         self._engine, self._judge, self._cursor = engine, judge, cursor
         self._seed, self._rollout, self._prompts_per_update = config.seed, config.rollout, config.train.prompts_per_update
+        self._reward = config.reward
         self._per_draw = config.rollout.prompts_per_draw or config.rollout.prompts_per_step
 
     def groups(self, step: int) -> Rollout:
-        """Draw until rollout.prompts_per_step groups are mixed, or max_draws is reached. A collective call.
+        """Draw until rollout.prompts_per_step groups are mixed, or max_draws is reached; with dynamic_sampling false, draw once and keep
+        every group that has an answer. A collective call.
 
         Deterministic in (config.seed, step, the cursor) whatever the number of engines.
         """
-        wanted, count, draws, waited = self._rollout.prompts_per_step, self._per_draw, 0, 0.0
+        wanted, draws, waited, dynamic = self._rollout.prompts_per_step, 0, 0.0, self._rollout.dynamic_sampling
         own: dict[int, Group] = {}
         summaries: list[GroupSummary] = []
-        mixed: list[int] = []
+        usable: list[int] = []
         asked: Counter = Counter()
+        count = self._per_draw if dynamic else wanted
         while count and draws < self._rollout.max_draws:
-            groups, seconds = self._draw(step, count, len(summaries), asked)
+            groups, made, seconds = self._draw(step, count, len(summaries), asked)
             own |= groups
-            gathered = self._engine.gather(([summarise(*item) for item in groups.items()], seconds))
+            gathered = self._engine.gather((made, seconds))
             summaries += sorted((s for part, _ in gathered for s in part), key=lambda s: s.position)
-            mixed = [s.position for s in summaries if 0.0 < s.correct_rate < 1.0]
+            usable = [s.position for s in summaries if (s.is_mixed if dynamic else s.rates)]
             waited, draws = waited + max(seconds for _, seconds in gathered), draws + 1
-            count = self._next_count(wanted - len(mixed), len(mixed) / len(summaries))
-        kept = mixed[: self._number_kept(len(mixed))]
-        statistics = _statistics(summaries, len(mixed), set(kept)) | {"draws": draws}
+            count = self._next_count(wanted - len(usable), len(usable) / len(summaries)) if dynamic else 0
+        kept = usable[: self._number_kept(len(usable))]
+        statistics = _statistics(summaries, set(kept)) | {"surplus_groups": len(usable) - len(kept), "draws": draws}
         self._engine.sleep()  # on a GPU training needs the memory; sync wakes it
         return Rollout([own[position] for position in kept if position in own], statistics, waited, self._warnings(len(kept), draws))
 
@@ -139,8 +154,9 @@ class Sampler:
         """New weights for the engine: a stream of (Hugging Face name, full tensor)."""
         self._engine.sync(weights, version)
 
-    def _draw(self, step: int, count: int, first: int, asked: Counter) -> tuple[dict[int, Group], float]:
-        """Take `count` prompts and answer this engine's share: {position in the step: group}, and seconds waited for verdicts.
+    def _draw(self, step: int, count: int, first: int, asked: Counter) -> tuple[dict[int, Group], list[GroupSummary], float]:
+        """Take `count` prompts and answer this engine's share: {position in the step: group}, their summaries, and seconds waited for
+        verdicts.
 
         `asked` numbers the samples: a prompt that comes again within the step (a small data set) gets new answers, not the same.
         """
@@ -151,9 +167,12 @@ class Sampler:
         share = range(self._engine.index, count, self._engine.count)
         requests = [self._requests(step, prompts[i], numbers[i]) for i in share]
         groups, seconds = answer(self._engine, self._judge, [prompts[i] for i in share], requests)
+        summaries = []
         for i, group in zip(share, groups, strict=False):
-            group.position = first + i
-        return {group.position: group for group in groups}, seconds
+            group.position, sampled = first + i, group.responses
+            settle(group, self._reward, self._rollout.max_tokens)
+            summaries.append(summarise(group.position, group, sampled))
+        return {group.position: group for group in groups}, summaries, seconds
 
     def _requests(self, step: int, prompt: Prompt, first: int) -> list[Request]:
         """The n requests of a prompt, each with a seed of its own."""
@@ -177,27 +196,29 @@ class Sampler:
         if kept == self._rollout.prompts_per_step:
             return []
         then = "training on these" if kept else "no update in this step"
+        if not self._rollout.dynamic_sampling:
+            return [f"only {kept} of {self._rollout.prompts_per_step} groups have an answer that was not cut off: {then}"]
         return [f"only {kept} of {self._rollout.prompts_per_step} groups are mixed after {draws} draws: {then} "
                 "(easier or harder prompts, more answers a prompt or a higher rollout.max_draws would give more)"]  # fmt: skip
 
 
-def _statistics(summaries: list[GroupSummary], mixed: int, kept: set[int]) -> dict[str, float]:
-    """Numbers of one step over all sampled groups, kept or not."""
-    rates = [s.correct_rate for s in summaries]
-    kept_rates = [s.correct_rate for s in summaries if s.position in kept]
-    lengths = [length for s in summaries for length in s.lengths]
+def _statistics(summaries: list[GroupSummary], kept: set[int]) -> dict[str, float]:
+    """Numbers of one step over all sampled groups, kept or not. Rates and lengths leave dropped answers out."""
+    answered = [s for s in summaries if s.rates]
+    rates = [s.correct_rate for s in answered]
+    kept_rates = [s.correct_rate for s in answered if s.position in kept]
+    lengths = [length for s in answered for length in s.lengths]
     outcomes = sum((s.outcomes for s in summaries), Counter())
     return {
-        "correct_rate": sum(rates) / len(rates),
+        "correct_rate": sum(rates) / max(len(rates), 1),
         "kept_correct_rate": sum(kept_rates) / max(len(kept_rates), 1),
-        "mixed_share": mixed / len(rates),
-        "all_right_share": sum(rate == 1.0 for rate in rates) / len(rates),
-        "all_wrong_share": sum(rate == 0.0 for rate in rates) / len(rates),
-        "prompts_sent": len(rates),
+        "mixed_share": sum(s.is_mixed for s in summaries) / len(summaries),
+        "all_right_share": sum(rate == 1.0 for rate in rates) / len(summaries),
+        "all_wrong_share": sum(rate == 0.0 for rate in rates) / len(summaries),
+        "prompts_sent": len(summaries),
         "groups_kept": len(kept),
-        "surplus_groups": mixed - len(kept),
-        "response_length": sum(lengths) / len(lengths),
-        "truncated_share": sum(s.truncated for s in summaries) / len(lengths),
-        "sampled_tokens": sum(lengths),
+        "response_length": sum(lengths) / max(len(lengths), 1),
+        "truncated_share": sum(s.truncated for s in summaries) / sum(s.sampled for s in summaries),
+        "sampled_tokens": sum(s.sampled_tokens for s in summaries),
         **{f"outcome/{name}": outcomes[name] for name in OUTCOMES},
     }

@@ -7,7 +7,8 @@ from tests.support import made_up_groups
 
 
 def all_groups(count: int, n: int) -> list[Group]:
-    """Groups at positions with gaps (others were not kept), float32 log-probs, large token ids, masks, scores between 0 and 1."""
+    """Groups at positions with gaps (others were not kept), one with an answer less; float32 log-probs, large token ids, masks,
+    penalties, scores between 0 and 1."""
     groups = made_up_groups(count, n, seed=3)
     for g, group in enumerate(groups):
         group.position = 3 * g + g % 2
@@ -15,7 +16,10 @@ def all_groups(count: int, n: int) -> list[Group]:
             response.logprobs = np.float32(response.logprobs).tolist()
             response.token_ids[0] = 151_935 - k
             response.verdict = type(response.verdict)(response.verdict.score / 3, response.verdict.outcome)
+            response.penalty = -k / 7
             response.loss_mask = None if k == 0 else [int((t + k) % 3 > 0) for t in range(len(response.token_ids))]
+    if len(groups) > 1:
+        groups[1].responses.pop()
     if groups:
         groups[0].responses[0].logprobs[0] = float("-inf")
     return groups

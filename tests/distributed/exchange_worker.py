@@ -17,9 +17,9 @@ from tests.distributed.exchange_groups import groups_of_rank
 def run(case: dict) -> dict:
     topology = policy.initialize(ParallelConfig(*case["parallel"]), seed=1)
     groups = groups_of_rank(case["groups"], case["n"], case["spread"], topology.rank, topology.world_size)
-    answers, numbers = exchange.table(groups, case["n"])
+    answers, numbers = exchange.table(groups)
     layout = batching.Layout(topology.data_size, tokens_per_micro_batch=64, prompts_per_update=2)
-    plan = batching.plan(answers, layout, lambda rate: 1 - rate, "token-mean", 1.0)
+    plan = batching.plan(answers, layout, lambda verdicts, penalties: 1 - verdicts + penalties, "token-mean", 1.0)
     received = exchange.exchange(groups, numbers, plan, topology)
     parallel_state.destroy_model_parallel()
     found = {"topology": topology, "table": answers, "positions": [g.position for g in groups], "numbers": numbers, "plan": plan}

@@ -23,12 +23,22 @@ def main() -> None:
     before = {name: tensor.clone() for name, tensor in model.weights()}
     # every rank holds some groups, as its engine would have sampled them
     groups = made_up_groups()[topology.rank :: topology.world_size]
-    answers, numbers = exchange.table(groups, 4)
+    answers, numbers = exchange.table(groups)
     layout = batching.Layout(topology.data_size, config.train.tokens_per_micro_batch, config.train.prompts_per_update)
-    plan = batching.plan(answers, layout, lambda rate: 1 - rate, config.objective.reduction, config.objective.reduction_constant)
+    plan = batching.plan(
+        answers,
+        layout,
+        partial(objectives.weights, settings=config.objective),
+        config.objective.reduction,
+        config.objective.reduction_constant,
+    )
     mini_batches = model.receive(groups, numbers, plan)
-    out = {"old": model.fill_old_logprobs([b for batches in mini_batches for b in batches]), "updates": [], "before": before}
-    objective = partial(objectives.nft, settings=config.objective)
+    out = {
+        "old": model.fill_old_logprobs([b for batches in mini_batches for b in batches], config.objective),
+        "updates": [],
+        "before": before,
+    }
+    objective = partial(objectives.loss, settings=config.objective)
     for batches in mini_batches:
         out["updates"].append(model.update(batches, objective, objectives.METRICS))
     out["after"] = {name: tensor.clone() for name, tensor in model.weights()}

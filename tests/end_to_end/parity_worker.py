@@ -41,10 +41,10 @@ def main() -> None:
 
 def megatron_logprobs(model: policy.Policy, groups: list[Group], topology: policy.Topology, config: Config) -> dict[int, list[float]]:
     """By number of the group, through the packed micro-batches of training."""
-    answers, numbers = exchange.table(groups, 1)
+    answers, numbers = exchange.table(groups)
     layout = batching.Layout(1, config.train.tokens_per_micro_batch, len(groups))
-    [batches] = model.receive(groups, numbers, batching.plan(answers, layout, lambda rate: 1.0, "constant", 1.0))
-    model.fill_old_logprobs(batches)
+    [batches] = model.receive(groups, numbers, batching.plan(answers, layout, lambda verdicts, _: verdicts, "constant", 1.0))
+    model.fill_old_logprobs(batches, config.objective)
     found = {}
     for batch in batches:
         for i, number in enumerate(batch.answers):

@@ -6,16 +6,28 @@ from megatron_nft.batching import Answers, Layout, TrainingAnswer, pack, plan
 from megatron_nft.errors import UserError
 
 
+def made_answers(prompts, responses, loss_tokens, verdicts, n) -> Answers:
+    """Groups of n answers without penalties."""
+    return Answers(prompts, responses, loss_tokens, verdicts, np.zeros(len(verdicts)), np.arange(len(verdicts)) // n)
+
+
 def make_answers(groups=6, n=4, seed=0, longest=40) -> Answers:
     rng = np.random.default_rng(seed)
     prompts = np.repeat(rng.integers(3, 12, groups), n)
     responses = rng.integers(1, longest, groups * n)
     verdicts = rng.integers(0, 2, groups * n).astype(float)
-    return Answers(prompts, responses, responses.copy(), verdicts, n)
+    return made_answers(prompts, responses, responses.copy(), verdicts, n)
 
 
 def make_plan(answers, data=2, tokens=64, prompts=2, reduction="constant", constant=1000.0, **kwargs):
-    return plan(answers, Layout(data, tokens, prompts), weight=lambda rate: 1 - rate, reduction=reduction, constant=constant, **kwargs)
+    return plan(
+        answers,
+        Layout(data, tokens, prompts),
+        weights=lambda verdicts, _: np.full(len(verdicts), 1 - verdicts.mean()),
+        reduction=reduction,
+        constant=constant,
+        **kwargs,
+    )
 
 
 @pytest.mark.parametrize("data", [1, 2, 3, 8])
@@ -70,7 +82,9 @@ def test_an_answer_longer_than_the_budget_is_a_user_error():
 
 
 def test_pack_lays_answers_end_to_end():
-    made = make_plan(Answers(np.array([2, 3]), np.array([3, 2]), np.array([2, 2]), np.array([1.0, 0.0]), 2), data=1, tokens=16, prompts=1)
+    made = make_plan(
+        made_answers(np.array([2, 3]), np.array([3, 2]), np.array([2, 2]), np.array([1.0, 0.0]), 2), data=1, tokens=16, prompts=1
+    )
     answers = {
         0: TrainingAnswer([1, 2], [3, 4, 5], [-0.1, -0.2, -0.3], [1, 0, 1], 1.0),
         1: TrainingAnswer([6, 7, 8], [9, 10], [-0.4, -0.5], [1, 1], 0.0),

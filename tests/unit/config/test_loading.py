@@ -1,11 +1,10 @@
 """Settings: what is read and written, and the one line that a mistake in them gets."""
 
 import copy
-import math
 
 import pytest
 
-from megatron_nft.config import Config, DatasetConfig, check, dataset_name, known_keys, load, max_answer_length, max_model_len, save
+from megatron_nft.config import Config, DatasetConfig, dataset_name, known_keys, load, max_answer_length, max_model_len, save
 from megatron_nft.errors import UserError
 from tests.support import ROOT
 
@@ -86,7 +85,7 @@ def test_an_unknown_setting_is_named_with_the_nearest(write, text, overrides, ke
 
 def test_an_unknown_setting_that_is_near_to_none(write):
     error = wrong(write(LEAST), "zzz=1")
-    assert "unknown setting zzz" in error.problem and "config.py" in error.mend
+    assert "unknown setting zzz" in error.problem and "settings.py" in error.mend
 
 
 def test_an_unknown_setting_of_a_data_set(write):
@@ -134,96 +133,8 @@ def test_no_file_and_no_override(write, tmp_path):
     assert "'train.steps'" in wrong(write(LEAST), "train.steps").problem
 
 
-NAMES = {
-    "model.precision": (["auto", "bf16", "fp32"], "fp16"),
-    "objective.name": (["nft"], "ppo"),
-    "objective.normalize": ([0, 1, 2], 3),
-    "objective.ratio": (["token", "sequence"], "word"),
-    "objective.reduction": (["constant", "token-mean", "sequence-mean"], "mean"),
-    "train.old_logprobs": (["recompute", "rollout"], "none"),
-    "train.recompute_granularity": ([None, "full"], "selective"),
-    "logging.wandb": (["disabled", "offline", "online"], "on"),
-}
-LEASTS = {
-    "objective.neg_weight": 0.0, "optimizer.lr": 0.0, "optimizer.weight_decay": 0.0, "rollout.temperature": 0.001,
-    "rollout.n": 2, "train.steps": 0, "reward.time_limit": 1, "evaluation.k": 0,
-    "parallel.tensor_model_parallel_size": 1, "parallel.pipeline_model_parallel_size": 1, "rollout.max_tokens": 1,
-    "rollout.max_draws": 1, "rollout.max_num_seqs": 1, "rollout.tensor_parallel_size": 1, "reward.workers": 1,
-    "train.tokens_per_micro_batch": 1, "data.max_prompt_length": 1, "objective.reduction_constant": 1, "checkpoint.keep": 1,
-    "sft.sequences_per_update": 1,
-}  # fmt: skip
-
-
-def changed(key: str, value) -> Config:
-    config = Config()
-    *parts, name = key.split(".")
-    at = config
-    for part in parts:
-        at = getattr(at, part)
-    assert hasattr(at, name)
-    setattr(at, name, value)
-    return config
-
-
-def refused(config: Config) -> UserError:
-    with pytest.raises(UserError) as caught:
-        check(config)
-    return caught.value
-
-
-def test_the_defaults_are_right():
-    check(Config())
-
-
-@pytest.mark.parametrize("key", NAMES)
-def test_names(key):
-    good, bad = NAMES[key]
-    for value in good:
-        check(changed(key, value))
-    error = refused(changed(key, bad))
-    assert error.problem == f"{key} is {bad!r}" and all(str(value) in error.mend for value in good)
-
-
-@pytest.mark.parametrize("key", LEASTS)
-def test_least_values(key):
-    least = LEASTS[key]
-    check(changed(key, least))
-    below = math.nextafter(least, -1) if isinstance(least, float) else least - 1
-    assert refused(changed(key, below)).problem == f"{key} is {below}"
-    assert key in refused(changed(key, math.nan)).problem
-
-
-def test_no_update_without_a_prompt():
-    """prompts_per_step and prompts_per_update of 0 would divide by zero; they are refused by name, not by arithmetic."""
-    for key in ("rollout.prompts_per_step", "train.prompts_per_update"):
-        assert refused(changed(key, 0)).problem == f"{key} is 0"
-
-
-@pytest.mark.parametrize("eps", [0.0, -1.0, math.nan])
-def test_eps_is_above_zero(eps):
-    check(changed("objective.eps", 1e-6))
-    assert "objective.eps" in refused(changed("objective.eps", eps)).problem
-
-
-def test_a_step_is_whole_updates():
-    config = changed("rollout.prompts_per_step", 24)
-    assert "rollout.prompts_per_step (24)" in refused(config).problem and "train.prompts_per_update (16)" in refused(config).problem
-    config.train.prompts_per_update = 12
-    check(config)
-
-
-def test_sequence_parallel_divides_the_micro_batch():
-    config = changed("train.tokens_per_micro_batch", 1001)
-    config.parallel.tensor_model_parallel_size = 2
-    check(config)
-    config.parallel.sequence_parallel = True
-    assert "train.tokens_per_micro_batch (1001)" in refused(config).problem
-    config.train.tokens_per_micro_batch = 1002
-    check(config)
-
-
 def test_load_checks(write):
-    assert wrong(write(LEAST), "rollout.n=1").problem == "rollout.n is 1"
+    assert wrong(write(LEAST), "rollout.n=0").problem == "rollout.n is 0"
 
 
 def test_saved_and_loaded_is_the_same(write, tmp_path):
@@ -238,7 +149,7 @@ def test_saved_and_loaded_is_the_same(write, tmp_path):
 
 def test_known_keys_are_all_leaves():
     keys = known_keys()
-    assert {"run_dir", "rollout.n", "data.train", "evaluation.sets", *NAMES, *LEASTS} <= set(keys)
+    assert {"run_dir", "rollout.n", "data.train", "evaluation.sets", "objective.correction.cap"} <= set(keys)
     assert len(keys) == len(set(keys)) and "rollout" not in keys
 
 

@@ -1,0 +1,49 @@
+"""Every setting, with its default: one tree of dataclasses (settings), what each objective's paper sets (objective), how YAML, presets
+and key=value overrides become that tree (loading), and what is refused (checks)."""
+
+from megatron_nft.config.checks import check
+from megatron_nft.config.loading import describe, known_keys, load, load_with_sources, preset_names, save
+from megatron_nft.config.objective import POLICY_GRADIENT
+from megatron_nft.config.settings import (
+    DATA_SUFFIXES,
+    Config,
+    CorrectionConfig,
+    DataConfig,
+    DatasetConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RewardConfig,
+    RolloutConfig,
+    dataset_name,
+    max_answer_length,
+    max_model_len,
+)
+
+__all__ = [
+    "DATA_SUFFIXES",
+    "POLICY_GRADIENT",
+    "Config",
+    "CorrectionConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "check",
+    "dataset_name",
+    "describe",
+    "known_keys",
+    "load",
+    "load_with_sources",
+    "max_answer_length",
+    "max_model_len",
+    "preset_names",
+    "save",
+]

@@ -1,0 +1,193 @@
+"""What no model, data or machine could make right is refused here, with the mend."""
+
+import math
+from functools import reduce
+from typing import Any
+
+from megatron_nft.config.objective import AUTHORS_DAPO, OWN_SETTINGS, POLICY_GRADIENT, PUBLISHED
+from megatron_nft.config.settings import Config
+from megatron_nft.errors import UserError
+
+
+def check(config: Config) -> None:
+    """Raise UserError for values that no model, data or machine could make right."""
+    if not config.run_dir:
+        raise UserError("run_dir is empty", "name a directory")
+    for key, allowed in _CHOICES.items():
+        if _value(config, key) not in allowed:
+            raise UserError(f"{key} is {_value(config, key)!r}", f"use one of {', '.join(map(str, allowed))}")
+    for key, least in _LEAST.items():
+        value = _value(config, key)
+        if value is not None and not (value >= least and math.isfinite(value)):
+            raise UserError(f"{key} is {value}", f"use {least} or more")
+    for key in _SHARES:
+        if not 0 < _value(config, key) <= 1:
+            raise UserError(f"{key} is {_value(config, key)}", "use a number above 0, up to 1")
+    for key in ("optimizer.adam_beta1", "optimizer.adam_beta2"):
+        if not 0 <= _value(config, key) < 1:
+            raise UserError(f"{key} is {_value(config, key)}", "use a number from 0, below 1")
+    for dataset in [*config.data.train, *config.evaluation.sets, *config.sft.data]:
+        if dataset.limit is not None and dataset.limit < 1:
+            raise UserError(f"limit of {dataset.path} is {dataset.limit}", "use 1 or more, or leave it out")
+    _check_pairs(config)
+
+
+def _check_pairs(config: Config) -> None:
+    """Raise UserError for settings that do not go together."""
+    _check_objective(config)
+    _check_correction(config)
+    _check_groups(config)
+    _check_batches(config)
+
+
+def _check_objective(config: Config) -> None:
+    """Each setting belongs to the objective, and its value is one that the objective knows."""
+    settings = config.objective
+    for key in OWN_SETTINGS:
+        if key not in PUBLISHED[settings.name] and key != "reduction_constant" and getattr(settings, key) is not None:
+            raise UserError(
+                f"objective.{key} is set, but {settings.name} has no such setting",
+                f"leave it out; {settings.name} has {', '.join(PUBLISHED[settings.name])}",
+            )
+    family = "policy gradient" if settings.name in POLICY_GRADIENT else "nft"
+    allowed = (1, 2) if family == "policy gradient" else (0, 1, 2, "maxrl")
+    if settings.normalize not in allowed:
+        raise UserError(f"objective.normalize is {settings.normalize!r}", f"with {settings.name} use one of {', '.join(map(str, allowed))}")
+    if family == "nft":
+        _check_nft(config)
+    elif settings.name != "topr" and not 0 <= settings.clip_ratio_low <= 1:
+        raise UserError(f"objective.clip_ratio_low is {settings.clip_ratio_low}", "use a number from 0 to 1: R is kept above 1 - this")
+
+
+def _check_nft(config: Config) -> None:
+    settings = config.objective
+    if not (settings.neg_weight >= 0 and math.isfinite(settings.neg_weight)):
+        raise UserError(
+            f"objective.neg_weight is {settings.neg_weight}",
+            f"use 0 (RFT) or more (1 is NFT); exactly {AUTHORS_DAPO:g} is the NFT authors' spelling of objective.name=dapo",
+        )
+    if settings.name == "rft" and settings.neg_weight:
+        raise UserError(f"objective.name is rft and objective.neg_weight {settings.neg_weight}", "use objective.name=nft, or leave it out")
+    if not (settings.eps > 0 and math.isfinite(settings.eps)):
+        raise UserError(f"objective.eps is {settings.eps}", "use a number above 0; the paper's is 1.0")
+    if config.reward.overlong_buffer is not None:
+        raise UserError(
+            f"reward.overlong_buffer is set, but {settings.name} learns from verdicts alone",
+            "set reward.overlong_buffer=null, or use an objective with advantages such as dapo",
+        )
+
+
+def _check_correction(config: Config) -> None:
+    correction, ratio = config.objective.correction, config.objective.ratio
+    if config.train.old_logprobs == "rollout" and config.rollout.top_p < 1:
+        raise UserError(
+            "train.old_logprobs is rollout and rollout.top_p below 1", "use recompute: the sampler's are log-probs of a cut distribution"
+        )
+    if correction.method == "none":
+        return
+    if config.train.old_logprobs == "rollout":
+        raise UserError(
+            f"objective.correction.method is {correction.method} and train.old_logprobs rollout",
+            "use recompute: pi_old is the sampler's own, so there is nothing to correct",
+        )
+    if correction.level == "token" and ratio != "token":
+        raise UserError(
+            f"objective.ratio is {ratio} and objective.correction.level token",
+            "use objective.correction.level=sequence or geometric: an answer with one ratio has one correction",
+        )
+    if not 0 <= correction.floor <= correction.cap:
+        raise UserError(
+            f"objective.correction.floor is {correction.floor} and cap {correction.cap}", "use 0 <= floor <= cap, e.g. 0.5 and 2.0"
+        )
+
+
+def _check_groups(config: Config) -> None:
+    """Answers of one prompt: enough of them for what the objective compares, and where they may end."""
+    settings, n = config.objective, config.rollout.n
+    alone = settings.name == "rft" and settings.normalize == 0  # right answers, whatever the others are
+    if n == 1 and not alone:
+        raise UserError(f"rollout.n is 1, but {settings.name} compares the answers to a prompt", "use 2 or more")
+    if n == 1 and config.rollout.dynamic_sampling:
+        raise UserError("rollout.n is 1 and rollout.dynamic_sampling true: no group of one answer is mixed", "set it to false")
+    buffer = config.reward.overlong_buffer
+    if buffer is not None and buffer > config.rollout.max_tokens:
+        raise UserError(
+            f"reward.overlong_buffer ({buffer}) is longer than rollout.max_tokens ({config.rollout.max_tokens})",
+            "lower it; DAPO's is a fifth of the longest answer",
+        )
+
+
+def _check_batches(config: Config) -> None:
+    if config.rollout.prompts_per_step % config.train.prompts_per_update:
+        raise UserError(
+            f"rollout.prompts_per_step ({config.rollout.prompts_per_step}) is no multiple of "
+            f"train.prompts_per_update ({config.train.prompts_per_update})",
+            "choose sizes that divide",
+        )
+    parallel = config.parallel
+    if parallel.sequence_parallel and config.train.tokens_per_micro_batch % parallel.tensor_model_parallel_size:
+        raise UserError(
+            f"train.tokens_per_micro_batch ({config.train.tokens_per_micro_batch}) cannot be divided by "
+            f"parallel.tensor_model_parallel_size ({parallel.tensor_model_parallel_size}), which sequence_parallel asks for",
+            "choose a multiple",
+        )
+
+
+def _value(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    return reduce(getattr, key.split("."), config)
+
+
+_CHOICES = {
+    "model.precision": ("auto", "bf16", "fp32"),
+    "objective.name": tuple(PUBLISHED),
+    "objective.ratio": ("token", "sequence", "geometric"),
+    "objective.reduction": ("constant", "token-mean", "sequence-mean"),
+    "objective.correction.method": ("none", "truncate", "mask"),
+    "objective.correction.level": ("token", "sequence", "geometric"),
+    "reward.truncated": ("wrong", "mask", "drop"),
+    "train.old_logprobs": ("recompute", "rollout"),
+    "train.recompute_granularity": (None, "full"),
+    "logging.wandb": ("disabled", "offline", "online"),
+}
+_SHARES = ("rollout.top_p", "evaluation.top_p", "rollout.gpu_memory_utilization")
+_LEAST = {
+    "seed": 0,
+    "parallel.tensor_model_parallel_size": 1,
+    "parallel.pipeline_model_parallel_size": 1,
+    "data.max_prompt_length": 1,
+    "rollout.prompts_per_step": 1,
+    "rollout.prompts_per_draw": 1,
+    "rollout.n": 1,
+    "rollout.temperature": 1e-3,
+    "rollout.max_tokens": 1,
+    "rollout.max_draws": 1,
+    "rollout.tensor_parallel_size": 1,
+    "rollout.max_num_seqs": 1,
+    "rollout.max_num_batched_tokens": 1,
+    "rollout.cpu_kvcache_space": 1,
+    "reward.workers": 1,
+    "reward.time_limit": 1,
+    "reward.overlong_buffer": 1,
+    "objective.clip_ratio_low": 0.0,
+    "objective.clip_ratio_high": 0.0,
+    "objective.reduction_constant": 1e-12,
+    "objective.correction.cap": 0.0,
+    "optimizer.lr": 0.0,
+    "optimizer.lr_warmup_iters": 0,
+    "optimizer.adam_eps": 0.0,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.clip_grad": 0.0,
+    "train.steps": 0,
+    "train.sampled_tokens": 1,
+    "train.prompts_per_update": 1,
+    "train.tokens_per_micro_batch": 1,
+    "evaluation.interval": 0,
+    "evaluation.k": 0,
+    "evaluation.temperature": 1e-3,
+    "evaluation.max_tokens": 1,
+    "checkpoint.interval": 0,
+    "checkpoint.keep": 1,
+    "sft.steps": 0,
+    "sft.sequences_per_update": 1,
+}

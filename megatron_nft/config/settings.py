@@ -1,0 +1,206 @@
+"""Every setting, with its default and a line of comment."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from megatron_nft.config import objective
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING  # Hugging Face directory: config.json, safetensors, tokenizer
+    precision: str = "auto"  # auto (bf16 with CUDA, fp32 without) | bf16 | fp32
+
+
+@dataclass
+class ParallelConfig:
+    """Megatron-Core's layout; the rest of the world size is data parallel."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+
+
+@dataclass
+class DatasetConfig:
+    """A data set: a local .jsonl, .json or .parquet file, or a name on the Hugging Face hub."""
+
+    path: str = MISSING
+    name: str | None = None  # default: the file's stem; names the set in metrics
+    split: str = "train"  # for the hub
+    subset: str | None = None  # for the hub: the configuration, e.g. main
+    question: str = "problem"  # column; "prompt" may hold a list of {role, content}
+    answer: str = "answer"  # column; dots reach into structures: reward_model.ground_truth
+    solution: str = "solution"  # column with the worked answer, for sft
+    reward: str | None = None  # verdict function for this set; default: reward.function
+    limit: int | None = None  # the first so many rows
+
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def dataset_name(dataset: DatasetConfig) -> str:
+    """The name of the set in metrics and as the source of its prompts: `name`, or the stem of the path."""
+    path = Path(dataset.path)
+    return dataset.name or (path.stem if path.suffix in DATA_SUFFIXES else path.name)
+
+
+@dataclass
+class DataConfig:
+    train: list[DatasetConfig] = field(default_factory=list)
+    system: str | None = None  # system turn of the chat
+    instruction: str = ""  # appended to the question in the user turn, on a line of its own
+    max_prompt_length: int = 512  # tokens; longer prompts are dropped and counted
+    shuffle: bool = True
+
+
+@dataclass
+class RolloutConfig:
+    prompts_per_step: int = 64  # mixed groups to train on in a rollout step
+    n: int = 8  # answers per prompt
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 512  # of an answer
+    prompts_per_draw: int | None = None  # prompts sent at a time; default: prompts_per_step
+    dynamic_sampling: bool = True  # train on mixed groups only, drawn until there are enough; false: on all of one draw
+    max_draws: int = 8  # then train on what was kept
+    save: bool = True  # rollouts/step_N.parquet
+    # the engine: vLLM's names
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.6
+    max_num_seqs: int = 512
+    max_num_batched_tokens: int = 16384  # on CPU no prompt may be split, so keep it above max_prompt_length
+    cpu_kvcache_space: int = 2  # GiB, CPU only
+    enforce_eager: bool = False
+
+
+@dataclass
+class RewardConfig:
+    function: str = "strict_box"  # strict_box | math_verify | package.module:function | path/to/file.py:function
+    workers: int = 2  # processes
+    time_limit: int = 2  # seconds for one verdict; then the worker is killed
+    # an answer that ran into rollout.max_tokens is wrong (verdict 0) | mask: wrong, and not trained on | drop: as if never sampled
+    truncated: str = "wrong"
+    overlong_buffer: int | None = None  # DAPO's soft penalty over the last so many tokens before rollout.max_tokens; None: off
+
+
+@dataclass
+class CorrectionConfig:
+    """For a sampler that is not exactly the trainer: each token's loss times w = pi_old / pi_sampler, bounded."""
+
+    method: str = "none"  # none | truncate: min(w, cap) | mask: w between floor and cap, 0 outside
+    level: str = "token"  # token | sequence: the product over an answer | geometric: its geometric mean
+    cap: float = 2.0
+    floor: float = 0.5  # of mask
+
+
+@dataclass
+class ObjectiveConfig:
+    """The loss. What is None is as in the objective's paper (config/objective.py); naming an objective in YAML or on the command
+    line that differs from the one below it (the preset's, the file's) sets all of them anew."""
+
+    name: str = "nft"  # nft | rft | grpo | dr_grpo | dapo | gspo | cispo | topr
+    neg_weight: float | None = None  # nft, rft: weight of the negative term
+    # nft, rft: prompt weight w, 0 -> 1, 1 -> 1 - r̂, 2 -> sqrt((1 - r̂) / r̂), maxrl -> (1 - r̂) / r̂
+    # others: advantage, 1 -> reward - mean, 2 -> (reward - mean) / std
+    normalize: int | str | None = None
+    eps: float | None = None  # nft, rft: least value of the implicit negative policy's ratio
+    clip_ratio_low: float | None = None  # the others: R no less than 1 - this
+    clip_ratio_high: float | None = None  # the others: R no more than 1 + this
+    signed_reward: bool | None = None  # the others: reward is 2 verdict - 1 + penalty; false: verdict + penalty
+    ratio: str | None = None  # token | sequence: one R per answer, the product | geometric: its geometric mean over the tokens
+    reduction: str | None = None  # constant | token-mean | sequence-mean
+    reduction_constant: float | None = None  # of constant: divides the sum over the whole mini-batch
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+
+    def __post_init__(self):
+        objective.complete(self)
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 1e-6
+    lr_warmup_iters: int = 0  # optimiser updates, linear; constant afterwards
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 100  # rollout steps
+    sampled_tokens: int | None = None  # stop after the rollout step that reaches so many in all
+    prompts_per_update: int = 16  # a mini-batch: groups per optimiser update
+    tokens_per_micro_batch: int = 4096  # fixed length of a packed micro-batch, per rank
+    old_logprobs: str = "recompute"  # recompute (a Megatron forward pass) | rollout (the sampler's)
+    recompute_granularity: str | None = None  # Megatron's: None | full
+
+
+@dataclass
+class EvaluationConfig:
+    """Validation during training, and `megatron-nft evaluate`."""
+
+    sets: list[DatasetConfig] = field(default_factory=list)
+    interval: int = 10  # rollout steps between validations; 0: never
+    k: int = 8  # answers per problem for avg@k
+    temperature: float = 1.0
+    top_p: float = 1.0
+    greedy: bool = True  # also one greedy answer per problem
+    max_tokens: int | None = None  # default: rollout.max_tokens
+
+
+@dataclass
+class CheckpointConfig:
+    interval: int = 50  # rollout steps; 0: only at the end
+    keep: int = 2  # newest checkpoints kept
+    export: bool = True  # at the end, a Hugging Face directory at run_dir/huggingface
+
+
+@dataclass
+class LoggingConfig:
+    wandb: str = "disabled"  # disabled | offline | online
+    project: str = "megatron_nft"
+    name: str | None = None
+
+
+@dataclass
+class SftConfig:
+    """The supervised warm start (`megatron-nft sft`)."""
+
+    data: list[DatasetConfig] = field(default_factory=list)
+    steps: int = 100  # optimiser updates
+    sequences_per_update: int = 64
+
+
+@dataclass
+class Config:
+    run_dir: str = MISSING
+    preset: list[str] = field(default_factory=list)  # published runs (config/presets), below this file's own settings
+    seed: int = 1
+    resume: bool = True  # continue from the newest complete checkpoint of run_dir, where there is one
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+
+
+def max_answer_length(config: Config) -> int:
+    """Tokens of the longest answer, in training or in validation."""
+    return max(config.rollout.max_tokens, config.evaluation.max_tokens or 0)
+
+
+def max_model_len(config: Config) -> int:
+    """Tokens of the longest prompt with the longest answer: the engine's window, under vLLM's name."""
+    return config.data.max_prompt_length + max_answer_length(config)

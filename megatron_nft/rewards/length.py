@@ -1,0 +1,28 @@
+"""What the length of an answer does to its reward: answers cut off at the limit, and DAPO's soft overlong penalty."""
+
+from megatron_nft.config import RewardConfig
+from megatron_nft.rewards.boxed import WRONG
+from megatron_nft.trajectories import Group
+
+
+def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
+    """DAPO's soft penalty, arXiv 2503.14476, Eq. 13: 0 up to max_tokens - buffer tokens, then linearly down to -1 at max_tokens."""
+    return max(min((max_tokens - buffer - length) / buffer, 0.0), -1.0)
+
+
+def settle(group: Group, reward: RewardConfig, max_tokens: int) -> None:
+    """Apply reward.truncated to the judged answers that ran into max_tokens, and reward.overlong_buffer to all.
+
+    wrong (the paper's): verdict 0 whatever the judge said; it counts in r̂, in the denominators, and is trained on.
+    mask: verdict 0 and counted in r̂ likewise, but no token of it is trained on or counted in a denominator.
+    drop: the answer leaves the group, as if it had never been sampled; r̂ is the mean of those that are left.
+    """
+    if reward.truncated == "drop":
+        group.responses = [response for response in group.responses if response.finish_reason != "length"]
+    for response in group.responses:
+        if response.finish_reason == "length":
+            response.verdict = WRONG if response.verdict.score else response.verdict  # a zero keeps its outcome
+            if reward.truncated == "mask":
+                response.loss_mask = [0] * len(response.token_ids)
+        if reward.overlong_buffer is not None:
+            response.penalty = overlong_penalty(len(response.token_ids), max_tokens, reward.overlong_buffer)

@@ -1,0 +1,118 @@
+"""Presets, the order of the layers, and what naming an objective does to its settings."""
+
+import pytest
+
+from megatron_nft.config import ObjectiveConfig, describe, load, load_with_sources, preset_names
+from megatron_nft.config.objective import OWN_SETTINGS, PUBLISHED
+from megatron_nft.errors import UserError
+
+
+@pytest.fixture
+def file(tmp_path):
+    def file(text: str = ""):
+        path = tmp_path / "config.yaml"
+        path.write_text("run_dir: runs/a\nmodel: {path: models/m}\n" + text)
+        return path
+
+    return file
+
+
+# of the published runs: reduction_constant, lr, prompts x answers a step, prompts an update, longest answer, penalty's buffer
+RUNS = {
+    "nft-7b": ("nft", 32000.0, 512, 16, 32, 3584, None),
+    "nft-32b": ("nft", 16000.0, 512, 16, 32, 14336, None),
+    "rft-7b": ("rft", 32000.0, 512, 16, 32, 3584, None),
+    "rft-32b": ("rft", 16000.0, 512, 16, 32, 14336, None),
+    "grpo-7b": ("grpo", 1000.0, 512, 16, 32, 3584, None),
+    "dr-grpo-7b": ("dr_grpo", 32000.0, 512, 16, 32, 3584, None),
+    "dapo-7b": ("dapo", 1000.0, 512, 16, 32, 3584, None),
+    "dapo-32b": ("dapo", 1000.0, 512, 16, 32, 14336, 4096),
+    "dapo": ("dapo", 1000.0, 512, 16, 32, 20480, 4096),
+    "grpo": ("grpo", 1000.0, 16, 64, 16, 1024, None),
+    "dr-grpo": ("dr_grpo", 384000.0, 128, 8, 16, 3000, None),
+    "gspo": ("gspo", 1000.0, 512, 16, 128, 14336, None),
+    "cispo": ("cispo", 1000.0, 512, 16, 32, 20480, 4096),
+}
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_is_the_published_run(file, name):
+    config = load(file(f"preset: {name}\n"))
+    rollout, settings = config.rollout, config.objective
+    assert RUNS[name] == (settings.name, settings.reduction_constant, rollout.prompts_per_step, rollout.n, config.train.prompts_per_update,
+                          rollout.max_tokens, config.reward.overlong_buffer)  # fmt: skip
+    assert {key: getattr(settings, key) for key in PUBLISHED[settings.name]} == PUBLISHED[settings.name]
+    assert config.optimizer.lr == 1e-6 and config.reward.truncated == "wrong"
+    longest = config.data.max_prompt_length + rollout.max_tokens
+    assert config.train.tokens_per_micro_batch >= longest
+
+
+def test_the_authors_settings_in_full(file):
+    config = load(file("preset: nft-32b\n"))
+    assert config.objective == ObjectiveConfig("nft", 1.0, 1, 1.0, ratio="token", reduction="constant", reduction_constant=16000.0)
+    optimizer = config.optimizer
+    assert (optimizer.adam_beta1, optimizer.adam_beta2, optimizer.weight_decay, optimizer.clip_grad) == (0.9, 0.999, 0.1, 1.0)
+    assert optimizer.lr_warmup_iters == 160 and config.train.steps == 320
+    assert (config.evaluation.k, config.evaluation.temperature, config.evaluation.top_p) == (32, 0.6, 0.7)
+    assert (config.rollout.temperature, config.rollout.top_p, config.rollout.prompts_per_draw) == (1.0, 1.0, 1536)
+
+
+@pytest.mark.parametrize("where", ["file", "command line"])
+def test_a_preset_with_a_typo_names_the_nearest(file, where):
+    with pytest.raises(UserError) as caught:
+        load(file("preset: nft-7bb\n" if where == "file" else ""), [] if where == "file" else ["preset=nft-7bb"])
+    assert str(caught.value) == "there is no preset 'nft-7bb': did you mean nft-7b?"
+    with pytest.raises(UserError, match="use one of .*dapo-32b"):
+        load(file(), ["preset=[nft-7b, zzz]"])
+
+
+def test_the_order_of_the_layers(file):
+    """defaults < the file's preset < the file < the command line's preset < the command line"""
+    path = file("preset: nft-7b\nrollout: {n: 4, max_tokens: 100}\n")
+    config, sources = load_with_sources(path, ["rollout.temperature=0.9"])
+    assert (config.rollout.prompts_per_step, config.rollout.n, config.rollout.temperature) == (512, 4, 0.9)
+    assert sources["rollout.prompts_per_step"] == "preset nft-7b" and sources["rollout.n"] == str(path)
+    assert sources["rollout.temperature"] == "command line" and "rollout.save" not in sources
+    config = load(path, ["preset=grpo", "rollout.max_tokens=99"])
+    assert (config.rollout.n, config.rollout.max_tokens, config.preset) == (64, 99, ["grpo"])
+    assert config.rollout.tensor_parallel_size == 1  # the file's preset gave way to the command line's
+    config = load(path, ["preset=[nft-7b, dapo-32b]"])
+    assert config.objective.name == "dapo" and config.rollout.max_tokens == 14336
+
+
+def test_another_objective_takes_its_own_settings(file):
+    """One setting chooses the loss as its paper has it; what the layers below said of another loss does not carry over."""
+    path = file("objective: {name: nft, normalize: 0, eps: 0.5, reduction: token-mean, correction: {method: truncate}}\n")
+    assert load(path).objective.eps == 0.5
+    for name, published in PUBLISHED.items():
+        if name == "nft":
+            continue
+        level = "token" if published["ratio"] == "token" else "sequence"
+        found = load(path, [f"objective.correction.level={level}", f"objective.name={name}"]).objective
+        assert {key: getattr(found, key) for key in OWN_SETTINGS if key != "reduction_constant"} == {
+            key: published.get(key) for key in OWN_SETTINGS if key != "reduction_constant"
+        }
+        assert found.correction.method == "truncate"  # it is of the sampler, not of the loss
+    assert load(path, ["objective.eps=0.25", "objective.name=nft"]).objective.normalize == 0  # the same objective: all stays
+    assert load(path, ["objective.clip_ratio_high=0.3", "objective.name=dapo"]).objective.clip_ratio_high == 0.3  # in any order
+
+
+def test_the_authors_spelling_of_dapo(file):
+    found = load(file("objective: {normalize: 0, eps: 0.5}\n"), ["objective.neg_weight=-1"]).objective
+    assert found == ObjectiveConfig("dapo")
+
+
+def test_the_constant_divides_by_nothing_with_the_sequence_ratio(file):
+    assert load(file(), ["objective.ratio=sequence"]).objective.reduction_constant == 1.0
+    assert load(file()).objective.reduction_constant == 1000.0
+
+
+def test_describe_says_what_a_preset_resolved_to(file):
+    path = file("preset: dapo-32b\n")
+    lines = describe(*load_with_sources(path, ["rollout.n=8"])).splitlines()
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in lines[:-1]}
+    assert rows["objective.name"] == ["dapo", "preset dapo-32b"]
+    assert rows["objective.clip_ratio_high"] == ["0.28", "dapo as published"]
+    assert rows["reward.overlong_buffer"] == ["4096", "preset dapo-32b"]
+    assert rows["rollout.n"] == ["8", "command line"] and rows["run_dir"] == ["runs/a", str(path)]
+    assert "objective.reduction_constant" not in rows  # nft-7b's: of another objective
