@@ -42,8 +42,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. train.steps=10")
         command.set_defaults(run=run)
         if name == "train":
-            command.add_argument("--dry-run", action="store_true",
-                                 help="print the settings and where each comes from, check everything that needs no model in memory, and stop")  # fmt: skip
+            text = "print the settings and where they come from, check all that needs no model in memory, and stop"
+            command.add_argument("--dry-run", action="store_true", help=text)
     convert = commands.add_parser("convert", help="Hugging Face <-> Megatron checkpoints")
     kinds = convert.add_subparsers(required=True, metavar="KIND")
     for name, source in (("hf-to-megatron", "HF_DIR"), ("megatron-to-hf", "CHECKPOINT_DIR"), ("verify", "HF_DIR")):

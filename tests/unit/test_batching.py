@@ -106,3 +106,43 @@ def test_pack_lays_answers_end_to_end():
 def test_pack_of_nothing_is_all_padding():
     batch = pack([], {}, make_plan(make_answers()), tokens=8)
     assert batch.loss_mask.sum() == 0 and batch.cu_seqlens.tolist() == [0, 8]
+
+
+def uneven_answers() -> Answers:
+    """Three groups of 3, 1 and 2 answers; of the first one answer is not trained on."""
+    lengths = np.array([4, 6, 9, 5, 2, 8])
+    return Answers(
+        np.full(6, 3), lengths, lengths * [1, 0, 1, 1, 1, 1], np.array([1.0, 0, 0, 1, 1, 0]), np.zeros(6), np.array([0, 0, 0, 1, 2, 2])
+    )
+
+
+def test_groups_may_be_of_unequal_size():
+    """Where answers were dropped: r̂ is of those that are left, mini-batches count groups."""
+    made = make_plan(uneven_answers(), data=1, prompts=2)
+    np.testing.assert_allclose(made.correct_rates, [1 / 3] * 3 + [1.0] + [0.5] * 2)
+    np.testing.assert_allclose(made.weights, 1 - made.correct_rates)
+    assert [mini.answers for mini in made.mini_batches] == [[0, 1, 2, 3], [4, 5]]
+
+
+def test_an_answer_without_a_trained_token_is_in_no_denominator():
+    """Of the first mini-batch (4, 0, 9, 5 trained tokens): 18 tokens, 3 answers; in r̂ it counts like any other."""
+    np.testing.assert_allclose(make_plan(uneven_answers(), data=1, reduction="token-mean").scales[:4], 1 / 18)
+    np.testing.assert_allclose(
+        make_plan(uneven_answers(), data=1, reduction="sequence-mean").scales[[0, 2, 3]], 1 / (3 * np.array([4, 9, 5]))
+    )
+    for reduction in ("token-mean", "sequence-mean"):
+        scales = make_plan(uneven_answers(), data=1, reduction=reduction, per_sequence=True).scales
+        np.testing.assert_allclose(scales[:4], 1 / 3)  # one term an answer
+
+
+def test_weights_see_the_verdicts_and_penalties_of_a_whole_group():
+    answers, seen = uneven_answers(), []
+    answers.penalties[:] = [-0.5, 0, 0, 0, -1, 0]
+
+    def weights(verdicts, penalties):
+        seen.append((verdicts.tolist(), penalties.tolist()))
+        return verdicts + penalties
+
+    made = plan(answers, Layout(1, 64, 2), weights, "constant", 1.0)
+    assert seen == [([1, 0, 0], [-0.5, 0, 0]), ([1], [0]), ([1, 0], [-1, 0])]
+    np.testing.assert_array_equal(made.weights, [0.5, 0, 0, 1, 0, 0])

@@ -59,6 +59,10 @@ BAD_SETTINGS = {
     "run_dir=setup.py/run": "cannot be written",
     "evaluation.sets.0.limit=0": "use 1 or more",
     "seed=-1": "seed is -1",
+    "preset=dapoo": "there is no preset 'dapoo': did you mean dapo",
+    "objective.eps=0": "objective.eps is 0.0: use a number above 0",
+    "objective.name=drgrpo": "objective.name is 'drgrpo': use one of nft, rft, grpo, dr_grpo",
+    "rollout.n=1": "rollout.n is 1, but nft compares the answers to a prompt",
 }
 
 
@@ -67,6 +71,11 @@ def test_train_refuses(override, folder, capsys):
     for flag in ([], ["--dry-run"]):
         assert BAD_SETTINGS[override] in refused(capsys, "train", str(folder / "config.yaml"), override, *flag)
     assert not (folder / "run").exists()
+
+
+def test_train_refuses_a_correction_of_tokens_for_a_ratio_of_answers(folder, capsys):
+    settings = ["objective.ratio=sequence", "objective.correction.method=truncate"]
+    assert "objective.correction.level token" in refused(capsys, "train", str(folder / "config.yaml"), *settings)
 
 
 def test_a_config_that_is_missing_or_broken(folder, capsys):
@@ -120,6 +129,7 @@ def test_report_and_convert_need_their_directories(folder, capsys):
 def test_a_dry_run_says_what_it_found_and_writes_nothing(folder, capsys):
     assert main(["train", str(folder / "config.yaml"), "--dry-run"]) == 0
     out, err = capsys.readouterr()
+    assert "objective.eps" in out and "nft as published" in out  # what the settings resolved to
     assert "1 training prompts" in out and "1 validation problems in data" in out and not err
     assert not (folder / "run").exists()
 

@@ -20,7 +20,7 @@ NAMES = {
     "logging.wandb": (["disabled", "offline", "online"], "on"),
 }
 LEASTS = {
-    "objective.neg_weight": 0.0, "train.sampled_tokens": 1, "optimizer.lr": 0.0, "optimizer.weight_decay": 0.0, "rollout.temperature": 0.001,
+    "objective.neg_weight": 0.0, "train.sampled_tokens": 1, "optimizer.lr": 0.0, "optimizer.weight_decay": 0.0, "rollout.temperature": 1e-3,
     "train.steps": 0, "reward.time_limit": 1, "evaluation.k": 0,
     "parallel.tensor_model_parallel_size": 1, "parallel.pipeline_model_parallel_size": 1, "rollout.max_tokens": 1,
     "rollout.max_draws": 1, "rollout.max_num_seqs": 1, "rollout.tensor_parallel_size": 1, "reward.workers": 1,

@@ -99,6 +99,43 @@ def test_statistics_count_every_sampled_group(judge):
     }  # fmt: skip
 
 
+def test_without_dynamic_sampling_one_draw_is_all(judge):
+    """Every group is kept, mixed or not; as many prompts are sent as are trained on."""
+    config = settings(4, dynamic_sampling=False, prompts_per_draw=9)
+    found = sampler(judge, [MIXED, RIGHT, WRONG, RIGHT, MIXED], config).groups(1)
+    assert positions(found) == [0, 1, 2, 3] and found.warnings == []
+    assert found.statistics["prompts_sent"] == 4 and found.statistics["draws"] == 1 and found.statistics["mixed_share"] == 0.25
+
+
+def test_dropped_answers_leave_rates_and_lengths_and_are_counted_as_sampled(judge):
+    """WRONG answers are cut off at 5 tokens. Dropped: no group, no length; 16 sampled answers, 52 tokens, a quarter cut off."""
+    config = settings(4, max_draws=1)
+    config.reward.truncated = "drop"
+    found = sampler(judge, [MIXED, RIGHT, WRONG, MIXED], config).groups(1)
+    expected = {"correct_rate": 2 / 3, "all_wrong_share": 0, "response_length": 32 / 12, "truncated_share": 0.25, "sampled_tokens": 52,
+                "prompts_sent": 4, "outcome/wrong": 8}  # fmt: skip
+    assert {name: found.statistics[name] for name in expected} == pytest.approx(expected) and positions(found) == [0, 3]
+    config.rollout.dynamic_sampling = False
+    alone = sampler(judge, [WRONG], config).groups(1)
+    assert alone.groups == [] and "have an answer that was not cut off" in alone.warnings[0]
+    assert alone.statistics["correct_rate"] == alone.statistics["response_length"] == 0.0
+
+
+@pytest.mark.parametrize("truncated, trained", [("wrong", 5), ("mask", 0)])
+def test_truncated_answers_that_stay_count_in_rates_and_lengths(judge, truncated, trained):
+    config = settings(1, dynamic_sampling=False)
+    config.reward.truncated = truncated
+    found = sampler(judge, [WRONG], config).groups(1)
+    assert [sum(r.mask()) for r in found.groups[0].responses] == [trained] * N
+    assert found.statistics["correct_rate"] == 0.0 and found.statistics["response_length"] == 5
+
+
+def test_penalties_follow_the_settings(judge):
+    config = settings(1, max_tokens=5)
+    config.reward.overlong_buffer = 4
+    assert [r.penalty for r in sampler(judge, [MIXED], config).groups(1).groups[0].responses] == [-0.5] * N
+
+
 def test_kept_correct_rate_is_of_the_kept_groups_alone(judge):
     found = sampler(judge, [MIXED, RIGHT, RIGHT, RIGHT], settings(4, max_draws=1)).groups(1)
     assert found.statistics["correct_rate"] == 0.875 and found.statistics["kept_correct_rate"] == 0.5
