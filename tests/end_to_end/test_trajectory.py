@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.end_to_end.test_training import DEMO, rows, run
 
-STEPS, UPDATES, PROMPTS, LR, WEIGHT_DECAY = 5, 4, 10, 5e-6, 0.1
+STEPS, UPDATES, PROMPTS, LR, WEIGHT_DECAY = 5, 4, 10, 2e-6, 0.1
 RANKS = 2
 SETTINGS = [
     f"train.steps={STEPS}",
@@ -98,7 +98,7 @@ def update(model, optimizer, groups, old) -> tuple[float, float]:
 
 
 def test_twenty_updates_equal_plain_pytorch(finished):
-    """Losses and gradient norms of every step to 1e-4 relative, every parameter to 1e-6 after moving by some 1e-4."""
+    """Losses and gradient norms of every step to 1e-4 relative, every parameter to 1e-6 after moving by some 4e-5."""
     after, told = reference(finished)
     steps = rows(finished)
     assert [len(updates) for updates in told] == [UPDATES] * STEPS == [row["train/updates"] for row in steps]
@@ -111,5 +111,5 @@ def test_twenty_updates_equal_plain_pytorch(finished):
     start, end = (load_file(path / "model.safetensors") for path in (DEMO / "model", finished / "huggingface"))
     moved = max((end[name].double() - start[name].double()).abs().max() for name in end)
     furthest = {name: (end[name].double() - value.detach()).abs().max().item() for name, value in after.items()}
-    assert set(end) == set(after) and moved > 8e-5
+    assert set(end) == set(after) and moved > 3e-5
     assert max(furthest.values()) < 1e-6, json.dumps(furthest, indent=1)
