@@ -9,7 +9,7 @@ The first step warms up and is not counted; nor are start-up, logs, saved answer
 tokens the answers had, because each side samples its own.
 
 TRL's side is what suits it on a CPU: float32 (its default bf16 is off), no gradient checkpointing (on by default), all 512 answers
-generated in one batch by transformers, 128 answers an update in one micro-batch without accumulation (two of 64 took as long).
+generated in one batch by transformers, 128 answers an update in one micro-batch without accumulation.
 It runs in .venv-benchmarks (requirements/benchmarks.txt), which is made when it is missing. Other programs on the same cores spoil
 both sides' figures, and not by the same factor.
 """
