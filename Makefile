@@ -16,6 +16,11 @@ $(VENV)/installed: requirements/cpu.txt requirements/install.sh setup.py
 	PYTHON=$(PYTHON) bash requirements/install.sh $(VENV)
 	@touch $@
 
+# for benchmarks/against_trl.py
+.venv-benchmarks/installed: requirements/benchmarks.txt requirements/install.sh setup.py
+	PYTHON=$(PYTHON) bash requirements/install.sh .venv-benchmarks requirements/benchmarks.txt
+	@touch $@
+
 demo: setup
 	@if [ -f $(DEMO_RUN)/config.yaml ]; then rm -rf $(DEMO_RUN); fi  # an earlier demo's; nothing else is removed
 	$(RUN) -m megatron_nft train examples/arithmetic/nft.yaml run_dir=$(DEMO_RUN) $(DEMO_ARGS)
@@ -34,4 +39,4 @@ lint: setup
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .venv-benchmarks runs build *.egg-info
