@@ -8,7 +8,7 @@ DEMO_ARGS ?=
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: setup demo test test-fast test-long lint clean
+.PHONY: setup demo test test-fast test-long reproduce reproduce-quick lint clean
 
 setup: $(VENV)/installed
 
@@ -24,6 +24,13 @@ $(VENV)/installed: requirements/cpu.txt requirements/install.sh setup.py
 demo: setup
 	@if [ -f $(DEMO_RUN)/config.yaml ]; then rm -rf $(DEMO_RUN); fi  # an earlier demo's; nothing else is removed
 	$(RUN) -m megatron_nft train examples/arithmetic/nft.yaml run_dir=$(DEMO_RUN) $(DEMO_ARGS)
+
+# the paper's comparison: 36 runs, resumable; table and curves go to docs/ (the quick one: two runs, to runs/reproduction/)
+reproduce: setup
+	$(RUN) examples/reproduction/reproduce.py $(REPRODUCE_ARGS)
+
+reproduce-quick: setup
+	$(RUN) examples/reproduction/reproduce.py --quick $(REPRODUCE_ARGS)
 
 test: setup
 	$(RUN) -m pytest tests/unit tests/distributed tests/end_to_end

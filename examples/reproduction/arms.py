@@ -1,0 +1,55 @@
+"""The arms of the reproduction, and where a run of one lies."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_nft.report import load_rows
+
+SEEDS = (1, 2, 3)
+# about the tokens of a mini-batch here, as the authors' is of theirs, so that the clip at 1.0 acts alike in all arms
+CONSTANT = "objective.reduction_constant=2800"
+OBJECTIVES = {
+    "NFT": ("objective.name=nft", CONSTANT),
+    "RFT": ("objective.name=rft", CONSTANT),
+    "GRPO": ("objective.name=grpo",),
+    "Dr.GRPO": ("objective.name=dr_grpo", CONSTANT),
+    "DAPO": ("objective.name=dapo", "reward.overlong_buffer=12"),  # a fifth of the longest answer, as DAPO's
+}
+ABLATIONS = {
+    **{f"eps {eps}": (*OBJECTIVES["NFT"], f"objective.eps={eps}") for eps in (0.1, 0.5, 2.0)},
+    **{f"normalize {way}": (*OBJECTIVES["NFT"], f"objective.normalize={way}") for way in (0, 2)},
+    **{f"neg_weight {weight}": (*OBJECTIVES["NFT"], f"objective.neg_weight={weight}") for weight in (0.0, 0.5)},
+}
+ARMS = {**OBJECTIVES, **ABLATIONS}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed."""
+
+    name: str
+    seed: int
+    out: Path
+    more: tuple[str, ...] = ()  # further overrides
+
+    @property
+    def directory(self) -> Path:
+        return self.out / f"{re.sub('[^a-z0-9.]+', '-', self.name.lower())}-seed{self.seed}"
+
+    @property
+    def overrides(self) -> list[str]:
+        return [*ARMS[self.name], f"seed={self.seed}", f"run_dir={self.directory}", *self.more]
+
+    @property
+    def complete(self) -> bool:
+        """The report is the last thing that a training writes."""
+        return (self.directory / "report.html").exists()
+
+    def rows(self) -> list[dict]:
+        """The run's metrics, with `sampled`: tokens sampled up to the row."""
+        rows, sampled = load_rows(self.directory), 0
+        for row in rows:
+            sampled += row.get("tokens", 0)
+            row["sampled"] = sampled
+        return rows

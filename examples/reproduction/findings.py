@@ -1,0 +1,82 @@
+"""The paper's findings, each held against the runs by one rule, so that nobody's hopes decide.
+
+A difference between two arms is taken seed by seed. It is there when its mean is above twice its standard error and every seed
+has its sign; otherwise the arms are not told apart here.
+"""
+
+import math
+import statistics
+from collections.abc import Iterator
+from typing import Protocol
+
+ABOUT = 0.02  # accuracies this near are "about the same"
+STEADY = 0.05  # an entropy that changes by less has not changed
+
+
+class Result(Protocol):
+    sampled: float
+    entropy: float
+
+
+Results = dict[str, dict[int, Result]]
+
+
+def findings(results: Results) -> list[str]:
+    """A sentence for each finding whose arms are there."""
+    return [line for check in (_objectives, _entropy, _ablations) for line in check(results)]
+
+
+def difference(results: Results, a: str, b: str, key: str = "sampled") -> tuple[float, float, bool]:
+    """(mean of a - b over the seeds both have, its standard error, whether it is there by the rule above)."""
+    pairs = [getattr(results[a][seed], key) - getattr(results[b][seed], key) for seed in results[a] if seed in results[b]]
+    mean = statistics.mean(pairs)
+    if len(pairs) < 2:
+        return mean, math.inf, False
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return mean, error, abs(mean) > 2 * error and len({math.copysign(1, pair) for pair in pairs}) == 1
+
+
+def compare(results: Results, a: str, b: str, claim: str) -> Iterator[str]:
+    """Whether a is above b, as the claim says."""
+    if not {a, b} <= results.keys():
+        return
+    mean, error, there = difference(results, a, b)
+    said = "not told apart" if not there else "holds" if mean > 0 else "the opposite"
+    yield f"**{claim}**: {said}. {a} - {b} = {_points(mean, error)} in avg@4."
+
+
+def _objectives(results: Results) -> Iterator[str]:
+    yield from compare(results, "NFT", "RFT", "NFT is above RFT")
+    if {"NFT", "DAPO"} <= results.keys():
+        mean, error, there = difference(results, "NFT", "DAPO")
+        said = "holds" if abs(mean) <= ABOUT else "does not hold" if there else "not told apart"
+        yield f"**NFT is about equal to DAPO** (within {100 * ABOUT:.0f} points): {said}. NFT - DAPO = {_points(mean, error)} in avg@4."
+
+
+def _entropy(results: Results) -> Iterator[str]:
+    for name, claim, as_claimed in (
+        ("RFT", "entropy falls under RFT", lambda change: change < -STEADY),
+        ("NFT", "entropy does not fall under NFT", lambda change: change >= -STEADY),
+    ):
+        if name in results:
+            changes = [one.entropy for one in results[name].values()]
+            agree = sum(map(as_claimed, changes))
+            said = "holds" if agree == len(changes) else "does not hold" if not agree else f"in {agree} of {len(changes)} seeds"
+            yield f"**{claim}**: {said}. Its change by seed: {', '.join(f'{change:+.0%}' for change in changes)}."
+    if {"NFT", "RFT"} <= results.keys():
+        mean, error, there = difference(results, "NFT", "RFT", "entropy")
+        said = "not told apart" if not there else "holds" if mean > 0 else "the opposite"
+        yield f"**NFT keeps more entropy than RFT**: {said}. Difference of the changes: {_points(mean, error)}."
+
+
+def _ablations(results: Results) -> Iterator[str]:
+    named = results | ({"NFT (normalize 1, eps 1, neg_weight 1)": results["NFT"]} if "NFT" in results else {})
+    default = "NFT (normalize 1, eps 1, neg_weight 1)"
+    yield from compare(named, default, "eps 0.1", "eps near 0 hurts")
+    yield from compare(named, default, "normalize 0", "normalize 1 is above 0")
+    yield from compare(named, "normalize 2", "normalize 0", "normalize 2 is above 0")
+    yield from compare(named, default, "neg_weight 0.0", "wrong answers help: neg_weight 1 is above 0")
+
+
+def _points(mean: float, error: float) -> str:
+    return f"{100 * mean:+.1f}" + (f" ± {100 * error:.1f}" if math.isfinite(error) else "") + " points"

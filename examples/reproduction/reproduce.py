@@ -1,0 +1,99 @@
+"""The paper's comparison on two CPU cores: NFT, RFT, GRPO, Dr.GRPO and DAPO from one base, and ablations of NFT's knobs.
+
+    python examples/reproduction/reproduce.py [--quick] [--jobs N] [--out RUNS_DIR]
+
+Trains the base when it is missing, then every arm with every seed, N at a time on one thread each. A run that is complete is left
+alone, one that was cut off goes on: the same command again picks up where it stopped. At the end `summary.py` writes the table, the
+curves and what of the paper's findings holds here. --quick: NFT and RFT, one seed, a third of the tokens, under ten minutes.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import summary
+from arms import ABLATIONS, OBJECTIVES, SEEDS, Run
+
+from megatron_nft.logbook import progress
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+BASE_STEPS = 500
+QUICK_TOKENS = 200_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="two objectives, one seed, fewer tokens")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduction"))
+    given = parser.parse_args()
+    make_base(given.out)
+    runs = list(quick_runs(given.out) if given.quick else full_runs(given.out))
+    train_all(runs, given.jobs)
+    summary.write(runs, given.out, ROOT / "docs" if not given.quick else given.out)
+
+
+def full_runs(out: Path) -> Iterator[Run]:
+    """The objectives with all seeds first, then the ablations seed by seed."""
+    for names in (OBJECTIVES, ABLATIONS):
+        for seed in SEEDS:
+            yield from (Run(name, seed, out) for name in names)
+
+
+def quick_runs(out: Path) -> Iterator[Run]:
+    for name in ("NFT", "RFT"):
+        yield Run(name, SEEDS[0], out / "quick", (f"train.sampled_tokens={QUICK_TOKENS}",))
+
+
+def make_base(out: Path) -> None:
+    """The base of all arms: the arithmetic example's model after a short warm start on worked answers, some six minutes."""
+    if (out / "base" / "huggingface" / "config.json").exists():
+        return
+    arithmetic = ROOT / "examples" / "arithmetic"
+    print(f"training the base, {BASE_STEPS} steps", flush=True)
+    call([str(arithmetic / "make_model.py"), str(out / "random")])
+    call([str(arithmetic / "make_data.py"), str(out / "data")])
+    settings = [f"run_dir={out}/base", f"model.path={out}/random", f"sft.data.0.path={out}/data/worked.jsonl", f"sft.steps={BASE_STEPS}"]
+    call(["-m", "megatron_nft", "sft", str(arithmetic / "sft.yaml"), *settings, "checkpoint.interval=100"])
+
+
+def call(arguments: list[str]) -> None:
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
+
+
+def train_all(runs: list[Run], jobs: int) -> None:
+    """Train what is not complete. After a failure the runs under way go on to their end and no other starts."""
+    left = [run for run in runs if not run.complete]
+    print(f"{len(runs) - len(left)} of {len(runs)} runs are complete, {len(left)} to go, {jobs} at a time", flush=True)
+    with ThreadPoolExecutor(jobs) as pool, progress(len(left), "reproduce", "runs", interval=0.0) as bar:
+        for done in as_completed([pool.submit(train, run) for run in left]):
+            if done.exception():
+                pool.shutdown(cancel_futures=True)
+            done.result()
+            bar.update()
+
+
+def train(run: Run) -> None:
+    """One run as a process of its own; what it prints goes to DIRECTORY.log."""
+    run.directory.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "megatron_nft", "train", str(HERE / "common.yaml"), *run.overrides]
+    log = run.directory.with_suffix(".log")
+    with log.open("a") as output:
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=subprocess.STDOUT, check=False
+        )
+    if done.returncode:
+        raise RuntimeError(f"{run.name}, seed {run.seed}: exit code {done.returncode}; its last lines, of {log}:\n{tail(log)}")
+
+
+def tail(log: Path) -> str:
+    return "\n".join(log.read_text().splitlines()[-10:])
+
+
+if __name__ == "__main__":
+    main()
