@@ -4,7 +4,7 @@
 
 Trains the base when it is missing, then every arm with every seed, N at a time on one thread each. A run that is complete is left
 alone, one that was cut off goes on: the same command again picks up where it stopped. At the end `summary.py` writes the table, the
-curves and what of the paper's findings holds here. --quick: NFT and RFT, one seed, a third of the tokens, under ten minutes.
+curves and what of the paper's findings holds here. --quick: NFT and RFT, one seed, two sevenths of the tokens, under ten minutes.
 """
 
 import argparse

@@ -16,7 +16,7 @@ arms, findings, summary = (load_example(f"reproduction/{name}.py") for name in (
 @pytest.mark.parametrize("name", arms.ARMS)
 def test_every_arm_loads(name, tmp_path):
     config = load(HERE / "common.yaml", arms.Run(name, 2, tmp_path).overrides)
-    assert config.seed == 2 and config.run_dir.startswith(str(tmp_path)) and config.train.sampled_tokens == 600_000
+    assert config.seed == 2 and config.run_dir.startswith(str(tmp_path)) and config.train.sampled_tokens == 700_000
     default = name not in arms.ABLATIONS
     assert config.objective.name == ({"Dr.GRPO": "dr_grpo"}.get(name, name.lower()) if default else "nft")
 
