@@ -1,10 +1,11 @@
 """The paper's comparison on two CPU cores: NFT, RFT, GRPO, Dr.GRPO and DAPO from one base, and ablations of NFT's knobs.
 
-    python examples/reproduction/reproduce.py [--quick] [--jobs N] [--out RUNS_DIR]
+    python examples/reproduction/reproduce.py [--quick] [--jobs N] [--out RUNS_DIR] [key=value ...]
 
 Trains the base when it is missing, then every arm with every seed, N at a time on one thread each. A run that is complete is left
 alone, one that was cut off goes on: the same command again picks up where it stopped. At the end `summary.py` writes the table, the
 curves and what of the paper's findings holds here. --quick: NFT and RFT, one seed, two sevenths of the tokens, under ten minutes.
+Settings (key=value) go over all arms' own, e.g. optimizer.lr=1e-4; they want an --out of their own, and leave docs/ alone.
 """
 
 import argparse
@@ -24,42 +25,49 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BASE_STEPS = 500
 QUICK_TOKENS = 200_000
+OUT = Path("runs/reproduction")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two objectives, one seed, fewer tokens")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduction"))
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="over all arms' own")
     given = parser.parse_args()
-    make_base(given.out)
-    runs = list(quick_runs(given.out) if given.quick else full_runs(given.out))
+    if given.settings and given.out == OUT:
+        parser.error(f"settings of your own do not belong among the runs of {OUT}: name another place with --out")
+    base = make_base(given.out)
+    settings = (f"model.path={base}", *given.settings)
+    runs = list(quick_runs(given.out, settings) if given.quick else full_runs(given.out, settings))
     train_all(runs, given.jobs)
-    summary.write(runs, given.out, ROOT / "docs" if not given.quick else given.out)
+    summary.write(runs, given.out, given.out if given.quick or given.out != OUT else ROOT / "docs")
 
 
-def full_runs(out: Path) -> Iterator[Run]:
+def full_runs(out: Path, settings: tuple[str, ...]) -> Iterator[Run]:
     """The objectives with all seeds first, then the ablations seed by seed."""
     for names in (OBJECTIVES, ABLATIONS):
         for seed in SEEDS:
-            yield from (Run(name, seed, out) for name in names)
+            yield from (Run(name, seed, out, settings) for name in names)
 
 
-def quick_runs(out: Path) -> Iterator[Run]:
+def quick_runs(out: Path, settings: tuple[str, ...]) -> Iterator[Run]:
     for name in ("NFT", "RFT"):
-        yield Run(name, SEEDS[0], out / "quick", (f"train.sampled_tokens={QUICK_TOKENS}",))
+        yield Run(name, SEEDS[0], out / "quick", (f"train.sampled_tokens={QUICK_TOKENS}", *settings))
 
 
-def make_base(out: Path) -> None:
+def make_base(out: Path) -> Path:
     """The base of all arms: the arithmetic example's model after a short warm start on worked answers, some six minutes."""
-    if (out / "base" / "huggingface" / "config.json").exists():
-        return
+    base = out / "base" / "huggingface"
+    if (base / "config.json").exists():
+        return base
     arithmetic = ROOT / "examples" / "arithmetic"
     print(f"training the base, {BASE_STEPS} steps", flush=True)
     call([str(arithmetic / "make_model.py"), str(out / "random")])
     call([str(arithmetic / "make_data.py"), str(out / "data")])
     settings = [f"run_dir={out}/base", f"model.path={out}/random", f"sft.data.0.path={out}/data/worked.jsonl", f"sft.steps={BASE_STEPS}"]
     call(["-m", "megatron_nft", "sft", str(arithmetic / "sft.yaml"), *settings, "checkpoint.interval=100"])
+    return base
 
 
 def call(arguments: list[str]) -> None:
