@@ -54,12 +54,13 @@ def write(runs: list[Run], out: Path, docs: Path) -> None:
     picture = docs / "reproduction.png"
     draw([run for run in runs if run.complete], picture)
     base = next(run for run in runs if run.complete).rows()[0]
+    problems = sum(1 for _ in (HERE.parent / "arithmetic" / "heldout.jsonl").open())
     parts = {
         "table": table(results, base),
         "findings": findings.findings(results),
-        "tokens": round(statistics.mean(r.tokens for of in results.values() for r in of.values()), -3),
+        "tokens": round(statistics.mean(r.tokens for of in results.values() for r in of.values()) / 1000) * 1000,
         "updates": round(statistics.mean(r.updates for of in results.values() for r in of.values())),
-        "problems": 256,
+        "problems": problems,
     }
     environment = Environment(loader=FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True, autoescape=False)
     text = environment.get_template("reproduction.md.jinja").render(**parts)
