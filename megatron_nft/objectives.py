@@ -78,9 +78,12 @@ def advantages(rewards: np.ndarray, normalize: int) -> np.ndarray:
 def weights(verdicts: np.ndarray, penalties: np.ndarray, settings: ObjectiveConfig) -> np.ndarray:
     """`Inputs.weight` of each answer of one group, from the verdicts in [0, 1] and the penalties (<= 0) of all of them. [answers]
 
-    NFT and RFT: the prompt weight w(q), the same for all. The others: the advantage A of the reward, which is verdict + penalty or,
+    NFT and RFT: the prompt weight w(q), the same for all; for NFT 0 where all verdicts are equal, for it learns from mixed groups alone.
+    The others: the advantage A of the reward, which is verdict + penalty or,
     with `signed_reward`, 2 verdict - 1 + penalty.
     """
+    if settings.name == "nft" and np.ptp(verdicts) == 0.0:
+        return np.zeros(len(verdicts))
     if settings.name not in POLICY_GRADIENT:
         return np.full(len(verdicts), prompt_weight(verdicts.mean(), settings.normalize))
     scores = 2.0 * verdicts - 1.0 if settings.signed_reward else verdicts

@@ -4,7 +4,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_nft.config import Config, load
 from megatron_nft.report import load_rows
+
+COMMON = Path(__file__).with_name("common.yaml")
 
 SEEDS = (1, 2, 3)
 # about the tokens of a mini-batch here, as the authors' is of theirs, so that the clip at 1.0 acts alike in all arms
@@ -22,6 +25,10 @@ ABLATIONS = {
     **{f"neg_weight {weight}": (*OBJECTIVES["NFT"], f"objective.neg_weight={weight}") for weight in (0.0, 0.5)},
 }
 ARMS = {**OBJECTIVES, **ABLATIONS}
+
+
+def _compared(config: Config) -> tuple:
+    return config.seed, config.rollout, config.reward, config.objective, config.optimizer, config.train
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,13 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """The report is the last thing that a training writes."""
-        return (self.directory / "report.html").exists()
+        """The report is the last thing that a training writes. Stops the program where the run was made with other settings."""
+        if not (self.directory / "report.html").exists():
+            return False
+        done, wanted = (_compared(config) for config in (load(self.directory / "config.yaml"), load(COMMON, self.overrides)))
+        if done != wanted:
+            raise SystemExit(f"{self.directory} was made with other settings: remove it, or name another --out")
+        return True
 
     def rows(self) -> list[dict]:
         """The run's metrics, with `sampled`: tokens sampled up to the row."""

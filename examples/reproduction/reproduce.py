@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import summary
-from arms import ABLATIONS, OBJECTIVES, SEEDS, Run
+from arms import ABLATIONS, COMMON, OBJECTIVES, SEEDS, Run
 
 from megatron_nft.logbook import progress
 
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BASE_STEPS = 500
 QUICK_TOKENS = 200_000
-OUT = Path("runs/reproduction")
+OUT = ROOT / "runs" / "reproduction"
 
 
 def main() -> None:
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="over all arms' own")
     given = parser.parse_args()
+    given.out = given.out.absolute()  # runs start in the repository's root, wherever this one was started
     if given.settings and given.out == OUT:
         parser.error(f"settings of your own do not belong among the runs of {OUT}: name another place with --out")
     base = make_base(given.out)
@@ -89,7 +90,7 @@ def train_all(runs: list[Run], jobs: int) -> None:
 def train(run: Run) -> None:
     """One run as a process of its own; what it prints goes to DIRECTORY.log."""
     run.directory.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "megatron_nft", "train", str(HERE / "common.yaml"), *run.overrides]
+    command = [sys.executable, "-m", "megatron_nft", "train", str(COMMON), *run.overrides]
     log = run.directory.with_suffix(".log")
     with log.open("a") as output:
         done = subprocess.run(

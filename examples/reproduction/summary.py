@@ -95,8 +95,8 @@ def markdown(rows: list[list[str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduction"))
-    out = parser.parse_args().out
+    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "runs" / "reproduction")
+    out = parser.parse_args().out.absolute()
     write([Run(name, seed, out) for name in (*OBJECTIVES, *ABLATIONS) for seed in SEEDS], out, HERE.parents[1] / "docs")
 
 

@@ -19,7 +19,7 @@ def check(config: Config) -> None:
     for key, least in _LEAST.items():
         value = _value(config, key)
         if value is not None and not (value >= least and math.isfinite(value)):
-            raise UserError(f"{key} is {value}", f"use {least} or more")
+            raise UserError(f"{key} is {value}", f"use a finite number, {least} or more")
     for key in _SHARES:
         if not 0 < _value(config, key) <= 1:
             raise UserError(f"{key} is {_value(config, key)}", "use a number above 0, up to 1")
@@ -95,7 +95,9 @@ def _check_correction(config: Config) -> None:
             f"objective.ratio is {ratio} and objective.correction.level token",
             "use objective.correction.level=sequence or geometric: an answer with one ratio has one correction",
         )
-    if not 0 <= correction.floor <= correction.cap:
+    if not correction.cap > 0:
+        raise UserError(f"objective.correction.cap is {correction.cap}", "use a number above 0, e.g. 2.0")
+    if correction.method == "mask" and not 0 <= correction.floor <= correction.cap:
         raise UserError(
             f"objective.correction.floor is {correction.floor} and cap {correction.cap}", "use 0 <= floor <= cap, e.g. 0.5 and 2.0"
         )

@@ -6,11 +6,12 @@ An unknown key, a missing value or a value of the wrong type is a UserError that
 import dataclasses
 import difflib
 import re
+from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_nft.config import objective
@@ -38,14 +39,19 @@ def load_with_sources(path: str | Path, overrides: list[str] = ()) -> tuple[Conf
         raise UserError(f"no config file at {path}", "give the path of a YAML file, e.g. examples/arithmetic/nft.yaml")
     try:
         layers = _Layers()
-        given = [_split(override) for override in overrides]
+        given = [leaf for override in overrides for leaf in _split(override)]
         presets = next((value for key, value in reversed(given) if key == "preset"), None)
         file = _read(path)
         layers.put(file, str(path), presets=presets is None)
-        layers.put(OmegaConf.create({"preset": presets or []}), "command line")
+        layers.put(OmegaConf.create({"preset": presets}), "command line")
+        given = [(key, value) for key, value in given if key != "preset"]
         for key, value in sorted(given, key=lambda item: item[0] != "objective.name"):  # the name first: it sets the others anew
-            if key != "preset":
-                layers.set(key, value)
+            layers.set(key, value)
+        if (layers.tree.objective.name, layers.tree.objective.neg_weight) == ("nft", objective.AUTHORS_DAPO):
+            layers.set("objective.name", "dapo", "objective.neg_weight -1: the NFT authors' spelling")
+            for key, value in given:
+                if key.startswith("objective.") and key not in ("objective.name", "objective.neg_weight"):
+                    layers.set(key, value)
         config = OmegaConf.to_object(layers.tree)
     except OmegaConfBaseException as error:
         raise _explain(error, path) from None
@@ -75,12 +81,12 @@ class _Layers:
         self.tree = OmegaConf.merge(self.tree, layer)
         self.sources |= dict.fromkeys(_leaves(layer), source)
 
-    def set(self, key: str, value: object) -> None:
+    def set(self, key: str, value: object, source: str = "command line") -> None:
         """One override. It reaches into lists, too: evaluation.sets.0.path."""
         if key == "objective.name":
             self._start_anew(value)
         OmegaConf.update(self.tree, key, value)
-        self.sources[key] = "command line"
+        self.sources[key] = source
 
     def _start_anew(self, name: object) -> None:
         """Another objective takes none of the last one's settings."""
@@ -96,7 +102,10 @@ def preset_names() -> list[str]:
 
 
 def _preset_names_in(value: object) -> list[str]:
-    return [str(name) for name in ([value] if isinstance(value, str) else value or [])]
+    names = [value] if isinstance(value, str) else value
+    if names is not None and not (isinstance(names, list | ListConfig) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"preset is {value!r}", f"name one or more of {', '.join(preset_names())}")
+    return list(names or [])
 
 
 def _preset_path(name: str) -> Path:
@@ -115,11 +124,20 @@ def _leaves(tree: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def _split(override: str) -> tuple[str, object]:
-    if "=" not in override:
+def _split(override: str) -> list[tuple[str, object]]:
+    """The settings of one override; a mapping for a whole section (objective={name: dapo}) is several."""
+    key, equals, value = override.partition("=")
+    if not equals or not all(key.split(".")):
         raise UserError(f"cannot read the override {override!r}", "write it as key=value, e.g. train.steps=10")
-    key, value = override.split("=", 1)
-    return key, _parse(value, override)
+    return list(_settings_of(key, _parse(value, override)))
+
+
+def _settings_of(key: str, value: object) -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict) and any(known.startswith(f"{key}.") for known in known_keys()):
+        for name, inner in value.items():
+            yield from _settings_of(f"{key}.{name}", inner)
+    else:
+        yield key, value
 
 
 def _read(path: Path) -> DictConfig:

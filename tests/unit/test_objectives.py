@@ -289,6 +289,16 @@ def test_advantages_have_the_population_deviation():
     assert (advantages(np.full(4, 0.3), 2) == 0).all()
 
 
+def test_nft_learns_from_mixed_groups_alone():
+    """Without dynamic sampling all-wrong and all-right groups come along: NFT drops them, whatever w(q) would be at the clamps."""
+    for normalize in (0, 1, 2, "maxrl"):
+        config = ObjectiveConfig("nft", normalize=normalize)
+        for verdicts in ([0.0] * 4, [1.0] * 4, [0.5] * 4):
+            assert (weights(np.array(verdicts), np.zeros(4), config) == 0).all()
+        assert (weights(np.array([1.0, 0, 0, 0]), np.zeros(4), config) > 0).all()
+    assert (weights(np.ones(1), np.zeros(1), ObjectiveConfig("rft")) == 1).all()  # one right answer is enough for RFT
+
+
 def test_the_signed_reward_gives_the_penalty_its_share():
     """DAPO: scores -1 and 1 plus penalty; with 0 and 1 the same penalty would weigh twice as much after division by std."""
     verdicts, penalties = np.array([1.0, 1.0, 0.0, 0.0]), np.array([0.0, -1.0, 0.0, -1.0])

@@ -102,6 +102,32 @@ def test_the_authors_spelling_of_dapo(file):
     assert found == ObjectiveConfig("dapo")
 
 
+def test_the_authors_spelling_is_told_and_explicit_settings_stay(file):
+    config, sources = load_with_sources(file("objective: {normalize: 1}\n"), ["objective.neg_weight=-1", "objective.clip_ratio_high=0.3"])
+    assert (config.objective.clip_ratio_high, config.objective.normalize) == (0.3, 2)
+    assert "neg_weight -1" in sources["objective.name"] and "objective.normalize" not in sources
+
+
+def test_a_mapping_sets_a_section(file):
+    config, sources = load_with_sources(file("objective: {eps: 0.5}\n"), ["objective={name: dapo, correction: {method: truncate}}"])
+    assert config.objective.name == "dapo" and config.objective.correction.method == "truncate"
+    assert "correction.method" in describe(config, sources)
+
+
+@pytest.mark.parametrize("value", ["3", "true", "0", "{a: 1}", "[nft-7b, 3]"])
+def test_a_preset_that_is_no_name(file, value):
+    with pytest.raises(UserError, match="preset is"):
+        load(file(), [f"preset={value}"])
+    with pytest.raises(UserError, match="preset is"):
+        load(file(f"preset: {value}\n"))
+
+
+@pytest.mark.parametrize("override", ["=3", ".name=3", "objective.=3"])
+def test_an_override_without_a_key(file, override):
+    with pytest.raises(UserError, match="cannot read the override"):
+        load(file(), [override])
+
+
 def test_the_constant_divides_by_nothing_with_the_sequence_ratio(file):
     assert load(file(), ["objective.ratio=sequence"]).objective.reduction_constant == 1.0
     assert load(file()).objective.reduction_constant == 1000.0

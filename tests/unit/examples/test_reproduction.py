@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nft.config import load
+from megatron_nft.config import load, save
 from tests.support import ROOT, load_example
 
 HERE = ROOT / "examples" / "reproduction"
@@ -60,7 +60,8 @@ def test_about_equal_and_entropy():
     for seed in range(3):
         results["RFT"][seed].entropy, results["NFT"][seed].entropy = -0.3 - seed / 100, (0.1, -0.2, 0.0)[seed]
     lines = "\n".join(findings.findings(results))
-    assert "**NFT is about equal to DAPO** (within 2 points): holds" in lines
+    assert "NFT is about equal to DAPO (within 2 points, two standard errors included)**: holds" in lines
+    assert "**: not settled" in findings.findings(made(NFT=[0.5], DAPO=[0.5]))[0]  # one seed tells nothing
     assert "**entropy falls under RFT**: holds" in lines and "**entropy does not fall under NFT**: in 2 of 3 seeds" in lines
     assert "eps near 0" not in lines  # no such runs
 
@@ -73,6 +74,7 @@ def fake_run(run, sampled: list[float], entropies: list[float]) -> None:
     for row, value in zip(rows[-len(sampled) :], sampled, strict=True):
         row |= {"validation/heldout/greedy": value + 0.1, "validation/heldout/avg@4": value}
     (run.directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save(load(HERE / "common.yaml", run.overrides), run.directory / "config.yaml")
     (run.directory / "report.html").write_text("done")
 
 
@@ -91,6 +93,14 @@ def test_the_page_the_table_and_the_curves(tmp_path, capsys):
     html = (tmp_path / "runs" / "report.html").read_text()
     assert "data:image/png;base64," in html and "nft-seed1/report.html" in html and "<th>arm</th>" in html
     assert "NFT is above RFT" in capsys.readouterr().out
+
+
+def test_a_run_made_with_other_settings_is_not_mixed_in(tmp_path):
+    run, other = (arms.Run("NFT", 1, tmp_path, more) for more in ((), ("optimizer.lr=1e-3",)))
+    fake_run(run, [0.3], [0.2])
+    assert run.complete
+    with pytest.raises(SystemExit, match="made with other settings"):
+        assert other.complete
 
 
 def test_nothing_to_summarise_is_said(tmp_path):
