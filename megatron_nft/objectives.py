@@ -125,7 +125,7 @@ def nft(inputs: Inputs, log_ratio: torch.Tensor, settings: ObjectiveConfig) -> T
     wrong = settings.neg_weight * (1.0 - inputs.verdict)
     value = inputs.weight * (inputs.verdict * log_ratio + wrong * clipped.log())
     coefficient = inputs.weight * (inputs.verdict - wrong * (rate * ratio / (1.0 - rate)) / clipped)
-    return Terms(value, coefficient.detach(), (implicit < settings.eps) & (inputs.verdict < 1.0))
+    return Terms(value, coefficient.detach(), (implicit < settings.eps) & (wrong > 0))
 
 
 def clipped_surrogate(inputs: Inputs, log_ratio: torch.Tensor, settings: ObjectiveConfig) -> Terms:
@@ -186,7 +186,8 @@ def loss(inputs: Inputs, settings: ObjectiveConfig) -> tuple[torch.Tensor, dict[
     log_ratio = log_ratio.clamp(max=LOG_RATIO_MAX)
     made = OBJECTIVES[settings.name](terms, log_ratio, settings)
     total = -(terms.scale * terms.correction * terms.mask * made.value).sum()
-    return total, _metrics(terms, log_ratio.detach().exp(), replace(made, coefficient=made.coefficient * terms.correction * inside))
+    acting = replace(made, coefficient=made.coefficient * terms.correction * inside, clipped=made.clipped | ~inside)
+    return total, _metrics(terms, log_ratio.detach().exp(), acting)
 
 
 def likelihood(inputs: Inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -1,7 +1,7 @@
 """The paper's findings, each held against the runs by one rule, so that nobody's hopes decide.
 
-A difference between two arms is taken seed by seed. It is there when its mean is above twice its standard error and every seed
-has its sign; otherwise the arms are not told apart here.
+A difference between two arms is taken seed by seed. It is there when the 95 % interval of its mean (Student's t) leaves out 0;
+otherwise the arms are not told apart here.
 """
 
 import math
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 ABOUT = 0.02  # accuracies this near are "about the same"
+T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # two-sided quantiles of Student's t, by number of seeds
 STEADY = 0.05  # an entropy that changes by less has not changed
 
 
@@ -27,13 +28,13 @@ def findings(results: Results) -> list[str]:
 
 
 def difference(results: Results, a: str, b: str, key: str = "sampled") -> tuple[float, float, bool]:
-    """(mean of a - b over the seeds both have, its standard error, whether it is there by the rule above)."""
+    """(mean of a - b over the seeds both have, half of its 95 % interval, whether it is there by the rule above)."""
     pairs: list[float] = [getattr(results[a][seed], key) - getattr(results[b][seed], key) for seed in results[a] if seed in results[b]]
     if len(pairs) < 2:
         return (pairs or [math.nan])[0], math.inf, False
     mean = statistics.mean(pairs)
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return mean, error, abs(mean) > 2 * error and len({math.copysign(1, pair) for pair in pairs}) == 1
+    half = T95.get(len(pairs), 2.0) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return mean, half, abs(mean) > half
 
 
 def compare(results: Results, a: str, b: str, claim: str) -> Iterator[str]:
@@ -49,8 +50,8 @@ def _objectives(results: Results) -> Iterator[str]:
     yield from compare(results, "NFT", "RFT", "NFT is above RFT")
     if {"NFT", "DAPO"} <= results.keys():
         mean, error, there = difference(results, "NFT", "DAPO")
-        said = "holds" if abs(mean) + 2 * error <= ABOUT else "does not hold" if there and abs(mean) > ABOUT else "not settled"
-        claim = f"NFT is about equal to DAPO (within {100 * ABOUT:.0f} points, two standard errors included)"
+        said = "holds" if abs(mean) + error <= ABOUT else "does not hold" if there and abs(mean) > ABOUT else "not settled"
+        claim = f"NFT is about equal to DAPO (within {100 * ABOUT:.0f} points, its interval included)"
         yield f"**{claim}**: {said}. NFT - DAPO = {_points(mean, error)} in avg@4."
 
 

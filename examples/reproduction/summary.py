@@ -97,7 +97,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "runs" / "reproduction")
     out = parser.parse_args().out.absolute()
-    write([Run(name, seed, out) for name in (*OBJECTIVES, *ABLATIONS) for seed in SEEDS], out, HERE.parents[1] / "docs")
+    ours = HERE.parents[1] / "runs" / "reproduction"
+    write(
+        [Run(name, seed, out) for name in (*OBJECTIVES, *ABLATIONS) for seed in SEEDS],
+        out,
+        HERE.parents[1] / "docs" if out == ours else out,
+    )
 
 
 if __name__ == "__main__":

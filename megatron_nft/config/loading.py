@@ -173,7 +173,8 @@ def save(config: Config, path: str | Path) -> None:
 
 def describe(config: Config, sources: dict[str, str]) -> str:
     """A table of the settings that are no defaults: value, and where it comes from (from `load_with_sources`)."""
-    published = {f"objective.{key}": f"{config.objective.name} as published" for key in objective.PUBLISHED[config.objective.name]}
+    own = [*objective.PUBLISHED[config.objective.name], *(["reduction_constant"] if config.objective.reduction == "constant" else [])]
+    published = {f"objective.{key}": f"{config.objective.name} as published" for key in own}
     rows = {
         key: (_on_one_line(value), source) for key, source in {**published, **sources}.items() if (value := _at(config, key)) is not None
     }

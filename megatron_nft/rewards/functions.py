@@ -64,7 +64,10 @@ def as_verdict(result: Verdict | float, name: str) -> Verdict:
     if not isinstance(result, Verdict):
         if isinstance(result, str) or not hasattr(result, "__float__"):
             raise _out_of_range(result, name)
-        score = float(result)
+        try:
+            score = float(result)
+        except (TypeError, ValueError):  # an array of several numbers
+            raise _out_of_range(result, name) from None
         verdict = Verdict(score, "right" if score >= 0.5 else "wrong")
     if not (0.0 <= verdict.score <= 1.0 and verdict.outcome in OUTCOMES):
         raise _out_of_range(result, name)

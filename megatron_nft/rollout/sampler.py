@@ -148,7 +148,9 @@ class Sampler:
         kept = usable[: self._number_kept(len(usable))]
         statistics = _statistics(summaries, set(kept)) | {"surplus_groups": len(usable) - len(kept), "draws": draws}
         self._engine.sleep()  # on a GPU training needs the memory; sync wakes it
-        return Rollout([own[position] for position in kept if position in own], statistics, waited, self._warnings(len(kept), draws))
+        return Rollout(
+            [own[position] for position in kept if position in own], statistics, waited, self._warnings(len(kept), len(usable), draws)
+        )
 
     def sync(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
         """New weights for the engine: a stream of (Hugging Face name, full tensor)."""
@@ -192,13 +194,13 @@ class Sampler:
         kept = min(mixed, self._rollout.prompts_per_step)
         return kept - kept % self._prompts_per_update if kept >= self._prompts_per_update else kept
 
-    def _warnings(self, kept: int, draws: int) -> list[str]:
+    def _warnings(self, kept: int, usable: int, draws: int) -> list[str]:
         if kept == self._rollout.prompts_per_step:
             return []
-        then = "training on these" if kept else "no update in this step"
+        then = f"training on {kept}, whole mini-batches" if kept else "no update in this step"
         if not self._rollout.dynamic_sampling:
-            return [f"only {kept} of {self._rollout.prompts_per_step} groups have an answer that was not cut off: {then}"]
-        return [f"only {kept} of {self._rollout.prompts_per_step} groups are mixed after {draws} draws: {then} "
+            return [f"only {usable} of {self._rollout.prompts_per_step} groups have an answer that was not cut off: {then}"]
+        return [f"only {usable} of {self._rollout.prompts_per_step} groups are mixed after {draws} draws: {then} "
                 "(easier or harder prompts, more answers a prompt or a higher rollout.max_draws would give more)"]  # fmt: skip
 
 

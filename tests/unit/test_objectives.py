@@ -482,6 +482,16 @@ def test_metrics_of_a_clipped_surrogate():
     assert summary["negative_coefficient"] == pytest.approx(-2.2 / 3)
 
 
+def test_what_no_clip_cuts_is_not_counted_as_clipped():
+    """RFT has no negative term to clip; cispo none where A = 0; beyond log R = 10 the gradient is 0 under every objective."""
+    above = torch.ones(2, 1, dtype=torch.float64)
+    assert summary_of(above, [1, 0], [1.0, 1.0], ObjectiveConfig("rft"), 0.5)["clip_share_wrong"] == 0
+    assert summary_of(3 * above, [1, 0], [0.0, 0.0], ObjectiveConfig("cispo"), 0.5)["clip_share_right"] == 0
+    for name in OBJECTIVES:
+        beyond = summary_of(11 * above, [1, 0], [1.0, -1.0], ObjectiveConfig(name, ratio="token"), 0.5)
+        assert beyond["clip_share_right"] == beyond["clip_share_wrong"] == 1 and beyond["coefficient"] == 0
+
+
 def test_likelihood_is_the_mean_negative_log_likelihood():
     logp = torch.tensor([[-1.0, -2.0], [-3.0, -9.0]], requires_grad=True)
     mask = torch.tensor([[1, 1], [1, 0]])

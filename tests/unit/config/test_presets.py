@@ -141,4 +141,7 @@ def test_describe_says_what_a_preset_resolved_to(file):
     assert rows["objective.clip_ratio_high"] == ["0.28", "dapo as published"]
     assert rows["reward.overlong_buffer"] == ["4096", "preset dapo-32b"]
     assert rows["rollout.n"] == ["8", "command line"] and rows["run_dir"] == ["runs/a", str(path)]
-    assert "objective.reduction_constant" not in rows  # nft-7b's: of another objective
+    assert "objective.reduction_constant" not in rows  # dapo takes the mean over tokens
+    other = describe(*load_with_sources(file("preset: nft-7b\n"), ["objective.name=rft"])).splitlines()
+    [line] = [line for line in other if line.startswith("objective.reduction_constant")]
+    assert line.split()[1] == "1000.0"  # 32,000 was of another objective, and the table says so

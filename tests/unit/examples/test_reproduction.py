@@ -51,16 +51,16 @@ def made(**arms_of_seeds: list[float]) -> dict:
     ],
 )  # fmt: skip
 def test_a_difference_is_there_by_one_rule(nft, rft, said):
-    """Above twice its standard error, and of one sign in every seed; one seed tells nothing."""
+    """The 95 % interval of the mean leaves out 0; one seed tells nothing."""
     assert f"**NFT is above RFT**: {said}." in findings.findings(made(NFT=nft, RFT=rft))[0]
 
 
 def test_about_equal_and_entropy():
-    results = made(NFT=[0.50, 0.52, 0.51], DAPO=[0.51, 0.51, 0.50], RFT=[0.1, 0.2, 0.1])
+    results = made(NFT=[0.500, 0.502, 0.501], DAPO=[0.501, 0.501, 0.500], RFT=[0.1, 0.2, 0.1])
     for seed in range(3):
         results["RFT"][seed].entropy, results["NFT"][seed].entropy = -0.3 - seed / 100, (0.1, -0.2, 0.0)[seed]
     lines = "\n".join(findings.findings(results))
-    assert "NFT is about equal to DAPO (within 2 points, two standard errors included)**: holds" in lines
+    assert "NFT is about equal to DAPO (within 2 points, its interval included)**: holds" in lines
     assert "**: not settled" in findings.findings(made(NFT=[0.5], DAPO=[0.5]))[0]  # one seed tells nothing
     assert "**entropy falls under RFT**: holds" in lines and "**entropy does not fall under NFT**: in 2 of 3 seeds" in lines
     assert "eps near 0" not in lines  # no such runs

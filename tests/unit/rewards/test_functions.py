@@ -48,3 +48,8 @@ def test_results():
     for bad in (1.5, -0.1, float("nan"), None, "1.0", Verdict(2.0, "right"), Verdict(1.0, "splendid")):
         with pytest.raises(UserError, match="verdict function 'f' returned"):
             as_verdict(bad, "f")
+
+
+def test_an_array_is_no_verdict():
+    with pytest.raises(UserError, match="returned"):
+        as_verdict(numpy.array([0.5, 0.5]), "f")

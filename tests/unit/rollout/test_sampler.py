@@ -85,7 +85,7 @@ def test_keeps_whole_mini_batches_where_there_is_one(judge, mixed, kept):
     found = sampler(judge, [MIXED] * mixed + [RIGHT] * (6 - mixed), settings(6, per_update=2, max_draws=1)).groups(1)
     assert positions(found) == list(range(kept))
     assert found.statistics["groups_kept"] == kept and found.statistics["surplus_groups"] == mixed - kept
-    assert f"only {kept} of 6" in found.warnings[0]
+    assert f"only {mixed} of 6" in found.warnings[0] and f"training on {kept}" in found.warnings[0]
 
 
 def test_statistics_count_every_sampled_group(judge):
