@@ -145,3 +145,15 @@ def test_describe_says_what_a_preset_resolved_to(file):
     other = describe(*load_with_sources(file("preset: nft-7b\n"), ["objective.name=rft"])).splitlines()
     [line] = [line for line in other if line.startswith("objective.reduction_constant")]
     assert line.split()[1] == "1000.0"  # 32,000 was of another objective, and the table says so
+
+
+def test_what_the_papers_set():
+    """Written out a second time, from the papers: a slip of a digit in the table would train something else in silence."""
+    clips = {name: (p["clip_ratio_low"], p["clip_ratio_high"]) for name, p in PUBLISHED.items() if "clip_ratio_low" in p}
+    assert clips == {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
+    by_deviation = {name for name, p in PUBLISHED.items() if p["normalize"] == 2}
+    assert by_deviation == {"grpo", "dapo", "gspo", "cispo"}
+    assert {name for name, p in PUBLISHED.items() if p.get("signed_reward")} == {"dapo", "cispo"}
+    assert [PUBLISHED[name]["reduction"] for name in ("nft", "rft", "grpo", "dr_grpo", "dapo", "gspo", "cispo")] == [
+        "constant", "constant", "sequence-mean", "constant", "token-mean", "sequence-mean", "token-mean"
+    ]  # fmt: skip
