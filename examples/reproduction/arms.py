@@ -10,6 +10,7 @@ from megatron_nft.report import load_rows
 COMMON = Path(__file__).with_name("common.yaml")
 
 SEEDS = (1, 2, 3)
+GREEDY, SAMPLED, ENTROPY = "validation/heldout/greedy", "validation/heldout/avg@4", "train/entropy"
 # about the tokens of a mini-batch here, as the authors' is of theirs, so that the clip at 1.0 acts alike in all arms
 CONSTANT = "objective.reduction_constant=1400"
 OBJECTIVES = {

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import numpy as np
-from arms import ABLATIONS, OBJECTIVES, Run
+from arms import ABLATIONS, ENTROPY, GREEDY, OBJECTIVES, SAMPLED, Run
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_nft.charts import PALETTE, STYLE
 
-GREEDY, SAMPLED, ENTROPY = "validation/heldout/greedy", "validation/heldout/avg@4", "train/entropy"
 POINTS = 60  # of the common axis of tokens
 
 

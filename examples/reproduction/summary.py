@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import findings
-from arms import ABLATIONS, ARMS, OBJECTIVES, SEEDS, Run
+from arms import ABLATIONS, ARMS, ENTROPY, GREEDY, OBJECTIVES, SAMPLED, SEEDS, Run
 from curves import draw
 from jinja2 import Environment, FileSystemLoader
 
 HERE = Path(__file__).parent
-GREEDY, SAMPLED, ENTROPY = "validation/heldout/greedy", "validation/heldout/avg@4", "train/entropy"
 LAST = 2  # validations at the end whose mean is the result: one alone has an error of two points
 EDGE = 3  # rollout steps at either end that the entropy is averaged over
 

@@ -1,11 +1,9 @@
 """What no model, data or machine could make right is refused here, with the mend."""
 
 import math
-from functools import reduce
-from typing import Any
 
 from megatron_nft.config.objective import AUTHORS_DAPO, OWN_SETTINGS, POLICY_GRADIENT, PUBLISHED
-from megatron_nft.config.settings import Config
+from megatron_nft.config.settings import Config, value_of
 from megatron_nft.errors import UserError
 
 
@@ -14,18 +12,18 @@ def check(config: Config) -> None:
     if not config.run_dir:
         raise UserError("run_dir is empty", "name a directory")
     for key, allowed in _CHOICES.items():
-        if _value(config, key) not in allowed:
-            raise UserError(f"{key} is {_value(config, key)!r}", f"use one of {', '.join(map(str, allowed))}")
+        if value_of(config, key) not in allowed:
+            raise UserError(f"{key} is {value_of(config, key)!r}", f"use one of {', '.join(map(str, allowed))}")
     for key, least in _LEAST.items():
-        value = _value(config, key)
+        value = value_of(config, key)
         if value is not None and not (value >= least and math.isfinite(value)):
             raise UserError(f"{key} is {value}", f"use a finite number, {least} or more")
     for key in _SHARES:
-        if not 0 < _value(config, key) <= 1:
-            raise UserError(f"{key} is {_value(config, key)}", "use a number above 0, up to 1")
+        if not 0 < value_of(config, key) <= 1:
+            raise UserError(f"{key} is {value_of(config, key)}", "use a number above 0, up to 1")
     for key in ("optimizer.adam_beta1", "optimizer.adam_beta2"):
-        if not 0 <= _value(config, key) < 1:
-            raise UserError(f"{key} is {_value(config, key)}", "use a number from 0, below 1")
+        if not 0 <= value_of(config, key) < 1:
+            raise UserError(f"{key} is {value_of(config, key)}", "use a number from 0, below 1")
     for dataset in [*config.data.train, *config.evaluation.sets, *config.sft.data]:
         if dataset.limit is not None and dataset.limit < 1:
             raise UserError(f"limit of {dataset.path} is {dataset.limit}", "use 1 or more, or leave it out")
@@ -133,11 +131,6 @@ def _check_batches(config: Config) -> None:
             f"parallel.tensor_model_parallel_size ({parallel.tensor_model_parallel_size}), which sequence_parallel asks for",
             "choose a multiple",
         )
-
-
-def _value(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
-    return reduce(getattr, key.split("."), config)
 
 
 _CHOICES = {

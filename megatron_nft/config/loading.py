@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterator
-from functools import reduce
 from pathlib import Path
 
 import yaml
@@ -16,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_nft.config import objective
 from megatron_nft.config.checks import check
-from megatron_nft.config.settings import Config, DatasetConfig
+from megatron_nft.config.settings import Config, DatasetConfig, value_of
 from megatron_nft.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -176,16 +175,11 @@ def describe(config: Config, sources: dict[str, str]) -> str:
     own = [*objective.PUBLISHED[config.objective.name], *(["reduction_constant"] if config.objective.reduction == "constant" else [])]
     published = {f"objective.{key}": f"{config.objective.name} as published" for key in own}
     rows = {
-        key: (_on_one_line(value), source) for key, source in {**published, **sources}.items() if (value := _at(config, key)) is not None
+        key: (_on_one_line(value), source) for key, source in (published | sources).items() if (value := value_of(config, key)) is not None
     }
     widths = max(map(len, rows), default=0), min(max((len(value) for value, _ in rows.values()), default=0), 40)
     lines = [f"{key:<{widths[0]}}  {value:<{widths[1]}}  {source}" for key, (value, source) in sorted(rows.items())]
     return "\n".join([*lines, "everything else is a default of megatron_nft/config/settings.py"])
-
-
-def _at(config: Config, key: str) -> object:
-    """The value of a dotted key; indices reach into lists."""
-    return reduce(lambda at, part: at[int(part)] if isinstance(at, list) else getattr(at, part), key.split("."), config)
 
 
 def _on_one_line(value: object) -> str:

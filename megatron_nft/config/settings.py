@@ -1,7 +1,9 @@
 """Every setting, with its default and a line of comment."""
 
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -204,3 +206,8 @@ def max_answer_length(config: Config) -> int:
 def max_model_len(config: Config) -> int:
     """Tokens of the longest prompt with the longest answer: the engine's window, under vLLM's name."""
     return config.data.max_prompt_length + max_answer_length(config)
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key; indices reach into lists."""
+    return reduce(lambda at, part: at[int(part)] if isinstance(at, list) else getattr(at, part), key.split("."), config)

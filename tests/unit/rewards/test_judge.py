@@ -90,7 +90,7 @@ def test_the_source_chooses_the_function(judge):
 def test_a_bomb_is_killed_at_the_limit_and_the_pool_works_on(judge, bomb):
     start = time.monotonic()
     assert outcome(judge, bomb, r"\frac12", "sums") == "timed_out"
-    assert time.monotonic() - start < 60  # on a busy machine, too; without the limit it would take for ever
+    assert time.monotonic() - start < 5
     futures = [judge.submit(rf"\boxed{{\frac{{{n}}}{{97}}}}", prompt(r"\frac{3}{97}")) for n in range(8)]
     assert [future.result(30).score for future in futures] == [0, 0, 0, 1, 0, 0, 0, 0]
 
