@@ -279,7 +279,7 @@ def summarize_mismatch(total: dict[str, float]) -> dict[str, float]:
     return {
         "logprob_difference": total["mismatch_absolute"] / tokens,
         "mismatch_k3": total["mismatch_k3"] / tokens,
-        "effective_sample_size": total["units_weight"] ** 2 / max(units * total["units_weight_squared"], 1e-9),
+        "effective_sample_size": min(total["units_weight"] ** 2 / max(units * total["units_weight_squared"], 1e-9), 1.0),
         "truncated_weights": total["units_truncated"] / units,
     }
 

@@ -38,6 +38,8 @@ def main() -> None:
     given.out = given.out.absolute()  # runs start in the repository's root, wherever this one was started
     if given.settings and given.out == OUT:
         parser.error(f"settings of your own do not belong among the runs of {OUT}: name another place with --out")
+    if any(setting.replace(" ", "") == "evaluation.interval=0" for setting in given.settings):
+        parser.error("the table is made of validations: evaluation.interval has to be above 0")
     base = make_base(given.out)
     settings = (f"model.path={base}", *given.settings)
     runs = list(quick_runs(given.out, settings) if given.quick else full_runs(given.out, settings))

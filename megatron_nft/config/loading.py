@@ -76,6 +76,7 @@ class _Layers:
             for name in names:
                 self.put(_read(_preset_path(name)), f"preset {name}")
             self.tree.preset, self.sources["preset"] = names, source
+        _check_sections(layer, source)
         self._start_anew(OmegaConf.select(layer, "objective.name"))
         self.tree = OmegaConf.merge(self.tree, layer)
         self.sources |= dict.fromkeys(_leaves(layer), source)
@@ -123,6 +124,25 @@ def _leaves(tree: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
+def _check_sections(layer: DictConfig, source: str, prefix: str = "") -> None:
+    """Raise UserError where a value stands for a whole section."""
+    for key, value in layer.items_ex(resolve=False):
+        inner = _within(f"{prefix}{key}")
+        if isinstance(value, DictConfig):
+            _check_sections(value, source, f"{prefix}{key}.")
+        elif inner:
+            raise _section_error(f"{prefix}{key}", value, source, inner)
+
+
+def _within(section: str) -> list[str]:
+    """The dotted names of a section's settings; none for a setting."""
+    return [key for key in known_keys() if key.startswith(f"{section}.")]
+
+
+def _section_error(key: str, value: object, source: str, inner: list[str]) -> UserError:
+    return UserError(f"{key}: {value!r} where a section belongs ({source})", f"set {inner[0]}, or another of its settings")
+
+
 def _split(override: str) -> list[tuple[str, object]]:
     """The settings of one override; a mapping for a whole section (objective={name: dapo}) is several."""
     key, equals, value = override.partition("=")
@@ -132,9 +152,11 @@ def _split(override: str) -> list[tuple[str, object]]:
 
 
 def _settings_of(key: str, value: object) -> Iterator[tuple[str, object]]:
-    if isinstance(value, dict) and any(known.startswith(f"{key}.") for known in known_keys()):
+    if isinstance(value, dict) and _within(key):
         for name, inner in value.items():
             yield from _settings_of(f"{key}.{name}", inner)
+    elif inner := _within(key):
+        raise _section_error(key, value, "command line", inner)
     else:
         yield key, value
 

@@ -96,7 +96,7 @@ def test_an_unknown_setting_of_a_data_set(write):
     "override, value",
     [
         ("rollout.n=two", "two"), ("rollout.n=2.5", "2.5"), ("rollout.n=", "Optional"), ("rollout.n=null", "Optional"),
-        ("optimizer.lr=fast", "fast"), ("resume=maybe", "maybe"), ("data.instruction=a: b", "{'a': 'b'}"), ("model=null", "model"),
+        ("optimizer.lr=fast", "fast"), ("resume=maybe", "maybe"), ("data.instruction=a: b", "{'a': 'b'}"), ("model=null", "None"),
         ("run_dir=${model.pat}", "model.pat"),
     ],
 )  # fmt: skip
@@ -178,3 +178,13 @@ def test_the_window_holds_the_longest_prompt_and_answer():
 def test_the_examples_load(file):
     overrides = ["evaluation.sets.0.path=given.jsonl"] if file.name == "gsm8k.yaml" else []
     assert load(file, overrides).run_dir
+
+
+@pytest.mark.parametrize("key, first", [("objective", "objective.name"), ("objective.correction", "objective.correction.method")])
+def test_a_value_in_place_of_a_section(write, key, first):
+    outer, _, inner = key.partition(".")
+    for error in (
+        wrong(write(LEAST + f"{outer}: {{{inner}: grpo}}\n" if inner else LEAST + f"{outer}: grpo\n")),
+        wrong(write(LEAST), f"{key}=grpo"),
+    ):
+        assert str(error).startswith(f"{key}: 'grpo' where a section belongs (") and f"set {first}" in str(error)
