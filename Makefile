@@ -25,7 +25,7 @@ demo: setup
 	@if [ -f $(DEMO_RUN)/config.yaml ]; then rm -rf $(DEMO_RUN); fi  # an earlier demo's; nothing else is removed
 	$(RUN) -m megatron_nft train examples/arithmetic/nft.yaml run_dir=$(DEMO_RUN) $(DEMO_ARGS)
 
-# the paper's comparison: 36 runs, resumable; table and curves go to docs/ (the quick one: two runs, to runs/reproduction/)
+# the paper's comparison: 51 runs, resumable; table and curves go to docs/ (the quick one: two runs, to runs/reproduction/)
 reproduce: setup
 	$(RUN) examples/reproduction/reproduce.py $(REPRODUCE_ARGS)
 

@@ -25,7 +25,9 @@ ABLATIONS = {
     **{f"normalize {way}": (*OBJECTIVES["NFT"], f"objective.normalize={way}") for way in (0, 2)},
     **{f"neg_weight {weight}": (*OBJECTIVES["NFT"], f"objective.neg_weight={weight}") for weight in (0.0, 0.5)},
 }
-ARMS = {**OBJECTIVES, **ABLATIONS}
+STRONG = "{}, strong base".format  # the same objective from the base that makes few mistakes
+FROM_STRONG = {STRONG(name): overrides for name, overrides in OBJECTIVES.items()}
+ARMS = {**OBJECTIVES, **ABLATIONS, **FROM_STRONG}
 
 
 def _compared(config: Config) -> tuple:
@@ -44,6 +46,11 @@ class Run:
     @property
     def directory(self) -> Path:
         return self.out / f"{re.sub('[^a-z0-9.]+', '-', self.name.lower())}-seed{self.seed}"
+
+    @property
+    def base(self) -> str:
+        """The base it starts from, "weak" or "strong"."""
+        return "strong" if self.name in FROM_STRONG else "weak"
 
     @property
     def overrides(self) -> list[str]:

@@ -9,6 +9,8 @@ import statistics
 from collections.abc import Iterator
 from typing import Protocol
 
+from arms import OBJECTIVES, STRONG
+
 ABOUT = 0.02  # accuracies this near are "about the same"
 T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # two-sided quantiles of Student's t, by number of seeds
 STEADY = 0.05  # an entropy that changes by less has not changed
@@ -24,7 +26,9 @@ Results = dict[str, dict[int, Result]]
 
 def findings(results: Results) -> list[str]:
     """A sentence for each finding whose arms are there."""
-    return [line for check in (_objectives, _entropy, _ablations) for line in check(results)]
+    lines = [line for check in (_objectives, _entropy, _ablations) for line in check(results)]
+    strong = {name: results[STRONG(name)] for name in OBJECTIVES if STRONG(name) in results}
+    return lines + [f"From the strong base: {line}" for check in (_objectives, _entropy) for line in check(strong)]
 
 
 def difference(results: Results, a: str, b: str, key: str = "sampled") -> tuple[float, float, bool]:

@@ -2,7 +2,7 @@
 
     python examples/reproduction/reproduce.py [--quick] [--jobs N] [--out RUNS_DIR] [key=value ...]
 
-Trains the base when it is missing, then every arm with every seed, N at a time on one thread each. A run that is complete is left
+Trains the bases when they are missing, then every arm with every seed, N at a time on one thread each. A run that is complete is left
 alone, one that was cut off goes on: the same command again picks up where it stopped. At the end `summary.py` writes the table, the
 curves and what of the paper's findings holds here. --quick: NFT and RFT, one seed, two sevenths of the tokens, under ten minutes.
 Settings (key=value) go over all arms' own, e.g. optimizer.lr=1e-4; they want an --out of their own, and leave docs/ alone.
@@ -14,18 +14,32 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import summary
-from arms import ABLATIONS, COMMON, OBJECTIVES, SEEDS, Run
+from arms import ABLATIONS, COMMON, FROM_STRONG, OBJECTIVES, SEEDS, Run
 
 from megatron_nft.logbook import progress
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-BASE_STEPS = 500
 QUICK_TOKENS = 200_000
 OUT = ROOT / "runs" / "reproduction"
+ARITHMETIC = ROOT / "examples" / "arithmetic"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A warm start: which model goes in (None: a random one), for how many steps, and where it lies."""
+
+    model: Path | None
+    steps: int
+    lr: float
+    folder: str
+
+
+BASES = {"weak": Base(None, 500, 2e-3, "base"), "strong": Base(ARITHMETIC / "model", 400, 5e-4, "strong")}
 
 
 def main() -> None:
@@ -40,36 +54,37 @@ def main() -> None:
         parser.error(f"settings of your own do not belong among the runs of {OUT}: name another place with --out")
     if any(setting.replace(" ", "") == "evaluation.interval=0" for setting in given.settings):
         parser.error("the table is made of validations: evaluation.interval has to be above 0")
-    base = make_base(given.out)
-    settings = (f"model.path={base}", *given.settings)
-    runs = list(quick_runs(given.out, settings) if given.quick else full_runs(given.out, settings))
+    runs = list(quick_runs(given.out, given.settings) if given.quick else full_runs(given.out, given.settings))
     train_all(runs, given.jobs)
     summary.write(runs, given.out, given.out if given.quick or given.out != OUT else ROOT / "docs")
 
 
-def full_runs(out: Path, settings: tuple[str, ...]) -> Iterator[Run]:
-    """The objectives with all seeds first, then the ablations seed by seed."""
-    for names in (OBJECTIVES, ABLATIONS):
+def full_runs(out: Path, settings: list[str]) -> Iterator[Run]:
+    """The objectives with all seeds first, from either base, then the ablations seed by seed."""
+    bases = {name: make_base(name, out) for name in BASES}
+    for names in (OBJECTIVES, FROM_STRONG, ABLATIONS):
         for seed in SEEDS:
-            yield from (Run(name, seed, out, settings) for name in names)
+            runs = (Run(name, seed, out) for name in names)
+            yield from (replace(run, more=(f"model.path={bases[run.base]}", *settings)) for run in runs)
 
 
-def quick_runs(out: Path, settings: tuple[str, ...]) -> Iterator[Run]:
+def quick_runs(out: Path, settings: list[str]) -> Iterator[Run]:
+    base = make_base("weak", out)
     for name in ("NFT", "RFT"):
-        yield Run(name, SEEDS[0], out / "quick", (f"train.sampled_tokens={QUICK_TOKENS}", *settings))
+        yield Run(name, SEEDS[0], out / "quick", (f"model.path={base}", f"train.sampled_tokens={QUICK_TOKENS}", *settings))
 
 
-def make_base(out: Path) -> Path:
-    """The base of all arms: the arithmetic example's model after a short warm start on worked answers, some six minutes."""
-    base = out / "base" / "huggingface"
+def make_base(name: str, out: Path) -> Path:
+    """A base, by a warm start on worked answers, some six minutes for the weak one and three for the strong."""
+    base = out / BASES[name].folder / "huggingface"
     if (base / "config.json").exists():
         return base
-    arithmetic = ROOT / "examples" / "arithmetic"
-    print(f"training the base, {BASE_STEPS} steps", flush=True)
-    call([str(arithmetic / "make_model.py"), str(out / "random")])
-    call([str(arithmetic / "make_data.py"), str(out / "data")])
-    settings = [f"run_dir={out}/base", f"model.path={out}/random", f"sft.data.0.path={out}/data/worked.jsonl", f"sft.steps={BASE_STEPS}"]
-    call(["-m", "megatron_nft", "sft", str(arithmetic / "sft.yaml"), *settings, "checkpoint.interval=100"])
+    print(f"training the {name} base, {BASES[name].steps} steps", flush=True)
+    call([str(ARITHMETIC / "make_model.py"), str(out / "random")])
+    call([str(ARITHMETIC / "make_data.py"), str(out / "data")])
+    settings = {"run_dir": base.parent, "model.path": BASES[name].model or out / "random", "sft.data.0.path": out / "data" / "worked.jsonl",
+                "sft.steps": BASES[name].steps, "optimizer.lr": BASES[name].lr, "checkpoint.interval": 100}  # fmt: skip
+    call(["-m", "megatron_nft", "sft", str(ARITHMETIC / "sft.yaml"), *(f"{key}={value}" for key, value in settings.items())])
     return base
 
 

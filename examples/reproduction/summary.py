@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import findings
-from arms import ABLATIONS, ARMS, ENTROPY, GREEDY, OBJECTIVES, SAMPLED, SEEDS, Run
+from arms import ARMS, ENTROPY, GREEDY, SAMPLED, SEEDS, Run
 from curves import draw
 from jinja2 import Environment, FileSystemLoader
 
@@ -50,12 +50,12 @@ def write(runs: list[Run], out: Path, docs: Path) -> None:
             results.setdefault(run.name, {})[run.seed] = result(run)
     if not results:
         raise SystemExit(f"no run below {out} is complete: run examples/reproduction/reproduce.py")
-    picture = docs / "reproduction.png"
-    draw([run for run in runs if run.complete], picture)
-    base = next(run for run in runs if run.complete).rows()[0]
+    picture, complete = docs / "reproduction.png", [run for run in runs if run.complete]
+    draw(complete, picture)
+    bases = {run.base: run.rows()[0] for run in complete}
     problems = sum(1 for _ in (HERE.parent / "arithmetic" / "heldout.jsonl").open())
     parts = {
-        "table": table(results, base),
+        "table": table(results, bases),
         "findings": findings.findings(results),
         "tokens": round(statistics.mean(r.tokens for of in results.values() for r in of.values()) / 1000) * 1000,
         "updates": round(statistics.mean(r.updates for of in results.values() for r in of.values())),
@@ -65,16 +65,16 @@ def write(runs: list[Run], out: Path, docs: Path) -> None:
     text = environment.get_template("reproduction.md.jinja").render(**parts)
     (docs / "reproduction.md").write_text(text, encoding="utf-8")
     image = b64encode(picture.read_bytes()).decode()
-    page = environment.get_template("report.html.jinja").render(**parts, image=image, runs=[run for run in runs if run.complete], out=out)
+    page = environment.get_template("report.html.jinja").render(**parts, image=image, runs=complete, out=out)
     (out / "report.html").write_text(page, encoding="utf-8")
     print(markdown(parts["table"]), *("- " + line for line in parts["findings"]), "", f"{docs / 'reproduction.md'}", f"{picture}",
           f"{out / 'report.html'}", sep="\n")  # fmt: skip
 
 
-def table(results: dict[str, dict[int, Result]], base: dict) -> list[list[str]]:
-    """Header and rows: mean and, over the seeds, standard deviation, in per cent."""
+def table(results: dict[str, dict[int, Result]], bases: dict[str, dict]) -> list[list[str]]:
+    """Header and rows: mean and, over the seeds, standard deviation, in per cent. bases: the first row of a run from each."""
     rows = [["arm", "seeds", "greedy", "avg@4", "entropy, change", "updates"]]
-    rows.append(["base", "", f"{base[GREEDY]:.1%}", f"{base[SAMPLED]:.1%}", "", ""])
+    rows += [[f"{name} base", "", f"{row[GREEDY]:.1%}", f"{row[SAMPLED]:.1%}", "", ""] for name, row in sorted(bases.items(), reverse=True)]
     for name in ARMS:
         if name in results:
             of = list(results[name].values())
@@ -98,7 +98,7 @@ def main() -> None:
     out = parser.parse_args().out.absolute()
     ours = HERE.parents[1] / "runs" / "reproduction"
     write(
-        [Run(name, seed, out) for name in (*OBJECTIVES, *ABLATIONS) for seed in SEEDS],
+        [Run(name, seed, out) for name in ARMS for seed in SEEDS],
         out,
         HERE.parents[1] / "docs" if out == ours else out,
     )

@@ -17,8 +17,9 @@ arms, findings, summary = (load_example(f"reproduction/{name}.py") for name in (
 def test_every_arm_loads(name, tmp_path):
     config = load(HERE / "common.yaml", arms.Run(name, 2, tmp_path).overrides)
     assert config.seed == 2 and config.run_dir.startswith(str(tmp_path)) and config.train.sampled_tokens == 700_000
+    plain = name.removesuffix(", strong base")
     default = name not in arms.ABLATIONS
-    assert config.objective.name == ({"Dr.GRPO": "dr_grpo"}.get(name, name.lower()) if default else "nft")
+    assert config.objective.name == ({"Dr.GRPO": "dr_grpo"}.get(plain, plain.lower()) if default else "nft")
 
 
 def test_each_ablation_changes_one_knob(tmp_path):
@@ -30,7 +31,7 @@ def test_each_ablation_changes_one_knob(tmp_path):
 
 
 def test_every_run_has_a_directory_of_its_own(tmp_path):
-    assert len({arms.Run(name, seed, tmp_path).directory for name in arms.ARMS for seed in arms.SEEDS}) == 36
+    assert len({arms.Run(name, seed, tmp_path).directory for name in arms.ARMS for seed in arms.SEEDS}) == 51
 
 
 @dataclass
@@ -80,15 +81,18 @@ def fake_run(run, sampled: list[float], entropies: list[float]) -> None:
 
 def test_the_page_the_table_and_the_curves(tmp_path, capsys):
     """Means of the last two validations, entropy of the last three steps against the first three; incomplete runs are left out."""
-    runs = [arms.Run(name, seed, tmp_path / "runs") for name in ("NFT", "RFT", "eps 0.1") for seed in (1, 2)]
+    names = ("NFT", "RFT", "NFT, strong base", "RFT, strong base", "eps 0.1")
+    runs = [arms.Run(name, seed, tmp_path / "runs") for name in names for seed in (1, 2)]
     for i, run in enumerate(runs[:-1]):
         fake_run(run, [0.3 + i / 100, 0.5 + i / 100], [0.2, 0.2, 0.2, 0.1, 0.1, 0.1])
     docs = tmp_path / "docs"
     docs.mkdir()
     summary.write(runs, tmp_path / "runs", docs)
     page = (docs / "reproduction.md").read_text()
-    assert "| base |  | 20.0% | 10.0% |  |  |" in page and "| NFT | 2 | 50.5 ± 0.7 | 40.5 ± 0.7 | -50.0 ± 0.0 | 24 |" in page
-    assert "| eps 0.1 | 1 | 54.0 | 44.0 | -50.0 | 24 |" in page and "6,000" in page
+    assert "| weak base |  | 20.0% | 10.0% |  |  |" in page and "| NFT | 2 | 50.5 ± 0.7 | 40.5 ± 0.7 | -50.0 ± 0.0 | 24 |" in page
+    assert "| strong base |  | 20.0% | 10.0% |  |  |" in page and "| NFT, strong base | 2 | 54.5 ± 0.7 |" in page
+    assert "| eps 0.1 | 1 | 58.0 | 48.0 | -50.0 | 24 |" in page and "6,000" in page
+    assert "From the strong base: **NFT is above RFT**: the opposite." in page
     assert (docs / "reproduction.png").read_bytes().startswith(b"\x89PNG")
     html = (tmp_path / "runs" / "report.html").read_text()
     assert "data:image/png;base64," in html and "nft-seed1/report.html" in html and "<th>arm</th>" in html
