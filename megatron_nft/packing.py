@@ -2,10 +2,12 @@
 
 A pure function of integers: ties are broken by position, and costs are whole numbers, so every rank finds the same.
 
-The work of a replica is its slots, which padding costs like tokens do, and what `costs` says on top of them: the square of attention.
-Slots are equal by construction; few of them (a tight packing) and equal sums of costs are what is looked for. Finding the best is
-NP-hard. Here: the tightest capacity at which best fit, longest first, needs no more bins than there are (MULTIFIT: Coffman, Garey and
-Johnson 1978); bins dealt to the replicas, dearest first to the cheapest so far; then swaps of bins between replicas.
+The work of a replica is its slots, which cost the same with a token or padding in them, and what `costs` says on top: the square of
+attention. Slots are equal by construction; few of them (a tight packing) and equal sums of costs are what is looked for. Finding the
+best is NP-hard. Here:
+1. The tightest capacity at which best fit, longest first, needs no more bins than there are (MULTIFIT, Coffman, Garey and Johnson 1978).
+2. Bins are dealt to the replicas, dearest first to the cheapest replica so far; then swapped between replicas while that helps.
+3. Where few bins leave replicas uneven: once more, with the long items each into the cheapest bin, and best fit for the others only.
 """
 
 import heapq
@@ -15,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 _STEPS = 256  # capacities that are tried, as shares of the budget
-_UNEVEN = 0.02  # of a replica's work: from here on, packing by cost is tried in place of packing by size
+_UNEVEN = 0.01  # of a replica's work: from here on, spreading by cost is tried in place of packing by size alone
+_SPREAD = 0.8  # of the slots: the longest items, which have most of the cost; the others fill what is left
 _GROWTH = (0.0, 0.01, 0.02, 0.03)  # how much longer micro-batches may become for that
 _SWAPS = 64  # at most; each costs the slowest replica something
 
@@ -29,18 +32,20 @@ class Packing:
     work: int  # of the slowest replica: slots and costs, in units of `unit`
 
 
-def distribute(sizes: np.ndarray, costs: np.ndarray, replicas: int, budget: int, multiple: int | None, unit: int) -> Packing:
+def distribute(
+    sizes: np.ndarray, costs: np.ndarray, replicas: int, budget: int, multiple: int | None = None, count_multiple: int = 1, unit: int = 1
+) -> Packing:
     """Pack items into as few micro-batches per replica as hold them within the budget.
 
     sizes: int [items], slots, none above `budget`. costs: int [items], what an item costs beyond its slots, in 1 / `unit` of a slot's
     cost. multiple: micro-batches are as short as they can be, in multiples of this, but no longer than the budget; None: as long as the
-    budget.
+    budget. count_multiple: a replica has a multiple of so many micro-batches.
     """
     order = np.argsort(-sizes, kind="stable")
     sizes, costs = sizes[order], costs[order]
-    each = max(1, -(-int(sizes.sum()) // (replicas * budget)))
+    each = count_multiple * max(1, -(-int(sizes.sum()) // (replicas * budget * count_multiple)))
     while (of_item := _tightest(sizes.tolist(), replicas * each, budget)) is None:
-        each += 1
+        each += count_multiple
 
     def packing(of_item: list[int]) -> Packing:
         bin_of, bins = np.array(of_item, np.int64), replicas * each
@@ -57,7 +62,7 @@ def distribute(sizes: np.ndarray, costs: np.ndarray, replicas: int, budget: int,
         return tight
     for growth in _GROWTH:
         capacity = min(budget, int(tight.slots * (1 + growth)))
-        of_item = _cheapest_first(sizes.tolist(), costs.tolist(), replicas * each, capacity)
+        of_item = _spread(sizes.tolist(), costs.tolist(), replicas * each, capacity)
         if of_item is not None:
             return min(tight, packing(of_item), key=lambda found: found.work)
     return tight
@@ -80,23 +85,17 @@ def _best_fit(sizes: list[int], bins: int, capacity: int) -> list[int] | None:
     alone = bisect_left(sizes, -capacity, key=lambda size: -size)
     if alone > bins or sum(sizes[alone:]) > capacity * (bins - alone):
         return None
-    of_item = list(range(alone))
-    rooms = [capacity * bins + b for b in range(alone, bins)]  # room and bin in one number, ascending
-    for size in sizes[alone:]:
-        at = bisect_left(rooms, size * bins)
-        if at == len(rooms):
-            return None
-        room = rooms.pop(at)
-        of_item.append(room % bins)
-        insort(rooms, room - size * bins)
-    return of_item
+    return _fill(list(range(alone)), [0] * alone + [capacity] * (bins - alone), sizes)
 
 
-def _cheapest_first(sizes: list[int], costs: list[int], bins: int, capacity: int) -> list[int] | None:
-    """Each item (longest first) into the bin of the least cost that has room: less tight than best fit, more even."""
+def _spread(sizes: list[int], costs: list[int], bins: int, capacity: int) -> list[int] | None:
+    """The longest items, _SPREAD of all slots, each into the bin of the least cost that has room; the others by best fit."""
     rooms, of_item = [capacity] * bins, []
-    cheapest = [(0, b) for b in range(bins)]
+    cheapest, left = [(0, b) for b in range(bins)], sum(sizes)
+    few = (1 - _SPREAD) * left
     for size, cost in zip(sizes, costs):
+        if left <= few:
+            break
         full = []
         while cheapest and rooms[cheapest[0][1]] < size:
             full.append(heapq.heappop(cheapest))
@@ -105,9 +104,24 @@ def _cheapest_first(sizes: list[int], costs: list[int], bins: int, capacity: int
         so_far, b = cheapest[0]
         heapq.heapreplace(cheapest, (so_far + cost, b))
         rooms[b] -= size
+        left -= size
         of_item.append(b)
         for entry in full:
             heapq.heappush(cheapest, entry)
+    return _fill(of_item, rooms, sizes)
+
+
+def _fill(of_item: list[int], rooms: list[int], sizes: list[int]) -> list[int] | None:
+    """Items after those in `of_item`, which are placed already, each into the bin with the least room (slots, [bins]) that is enough."""
+    bins = len(rooms)
+    keys = sorted(room * bins + b for b, room in enumerate(rooms))  # room and bin in one number
+    for size in sizes[len(of_item) :]:
+        at = bisect_left(keys, size * bins)
+        if at == len(keys):
+            return None
+        key = keys.pop(at)
+        of_item.append(key % bins)
+        insort(keys, key - size * bins)
     return of_item
 
 

@@ -20,11 +20,11 @@ optimizer: {lr: 1.0, adam_eps: 1.0, clip_grad: 1.0, weight_decay: 0.01}
 """
 
 
-def run(tmp_path: Path, model: Path, ranks: int, *overrides: str, overlap: bool = False) -> dict:
+def run(tmp_path: Path, model: Path, ranks: int, *overrides: str, **arguments) -> dict:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.replace("PATH", str(model)))
     output = tmp_path / "out.pt"
-    run_ranks(WORKER, ranks, {"config": str(config), "overrides": list(overrides), "output": str(output), "overlap": overlap}, tmp_path)
+    run_ranks(WORKER, ranks, {"config": str(config), "overrides": list(overrides), "output": str(output), **arguments}, tmp_path)
     return torch.load(output)
 
 
@@ -53,6 +53,15 @@ LAYOUTS = {
 def test_overlapped_reduction_with_uneven_updates(model, single, tmp_path):
     """What a GPU does: the reduction starts within the backward pass of the last micro-batch, of which updates have unequally many."""
     got = run(tmp_path, model, 2, "train.tokens_per_micro_batch=36", overlap=True)
+    for mine, reference in zip(got["updates"], single["updates"], strict=True):
+        assert mine == pytest.approx(reference, rel=1e-5, abs=1e-7)
+
+
+def test_micro_batches_as_long_as_each_mini_batch_needs(model, single, tmp_path):
+    """The old log-probs are of both mini-batches, whose micro-batches differ in length: a pipeline runs them one after the other."""
+    got = run(tmp_path, model, 2, PP2, "train.tokens_per_micro_batch=40", length_multiple=1)
+    assert len(set(got["slots"])) == 2 and max(got["slots"]) < 40 and single["slots"] == [64, 64]
+    assert got["old"] == pytest.approx(single["old"], rel=1e-5)
     for mine, reference in zip(got["updates"], single["updates"], strict=True):
         assert mine == pytest.approx(reference, rel=1e-5, abs=1e-7)
 
