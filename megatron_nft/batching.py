@@ -1,5 +1,6 @@
 """Groups -> balanced, packed micro-batches, and every denominator. Pure functions of lengths and verdicts, the same on every rank."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 
 from megatron_nft.errors import UserError
+from megatron_nft.packing import distribute
 from megatron_nft.trajectories import Batch
 
 
@@ -36,17 +38,26 @@ class Answers:
 class Layout:
     """How a mini-batch is laid out."""
 
-    data_parallel_size: int
-    tokens_per_micro_batch: int
+    data_parallel_size: int  # replicas; context-parallel ranks share one
+    tokens_per_micro_batch: int  # the budget: slots of a micro-batch, over all context-parallel ranks
     prompts_per_update: int
+    attention_cost: float = 0.0  # of a token for each token of its sequence, in what its linear layers cost (policy.flops)
+    length_multiple: int | None = None  # micro-batches of a mini-batch as short as they can be, in multiples of this; None: the budget
+    count_multiple: int = 1  # every replica has a multiple of so many micro-batches (interleaved pipeline: its size)
+    sequence_multiple: int = 1  # every answer takes up a multiple of so many slots (context parallelism: 2 x its size)
+
+    def slots(self, lengths: np.ndarray) -> np.ndarray:
+        """int [answers]: the slots that answers of these lengths take up."""
+        return -(-lengths // self.sequence_multiple) * self.sequence_multiple
 
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """One optimiser update: which answers, on which replica, in which micro-batch, with which scale."""
+    """One optimiser update: which answers, on which replica, in which micro-batch."""
 
     micro_batches: list[list[list[int]]]  # [replica][micro-batch] -> answer numbers; equally many micro-batches on every replica
     fill: float  # share of the slots that hold a token
+    slots: int  # of each of the micro-batches; no more than the budget
 
     @property
     def answers(self) -> list[int]:
@@ -62,6 +73,7 @@ class Plan:
     correct_rates: np.ndarray  # float [answers]
     weights: np.ndarray  # float [answers]
     scales: np.ndarray  # float [answers]
+    layout: Layout
 
     def replica_of(self) -> dict[int, int]:
         """Which data-parallel replica trains each answer."""
@@ -82,14 +94,9 @@ def plan(
     loss tokens of the mini-batch), `sequence-mean` (mean over answers of the mean over their tokens; an answer of which no token is
     trained on does not count). per_sequence: an answer is one term (one ratio per answer). All denominators are over the whole
     mini-batch, so they do not depend on the layout.
-    Raises UserError if an answer is longer than the token budget.
+    Raises UserError if an answer is longer than the token budget, or the budget is no multiple of layout.sequence_multiple.
     """
-    if answers.lengths.max(initial=0) > layout.tokens_per_micro_batch:
-        longest, budget = answers.lengths.max(), layout.tokens_per_micro_batch
-        raise UserError(
-            f"an answer with its prompt is {longest} tokens long, train.tokens_per_micro_batch is {budget}",
-            "raise train.tokens_per_micro_batch, or lower rollout.max_tokens or data.max_prompt_length",
-        )
+    _check(answers, layout)
     rates, weight, scales = (np.zeros(len(answers.groups)) for _ in range(3))
     groups, mini_batches = answers.of_groups, []
     for own in groups:
@@ -99,7 +106,21 @@ def plan(
         numbers = np.concatenate(groups[start : start + layout.prompts_per_update])
         scales[numbers] = 1.0 / _denominators(answers.loss_tokens[numbers], reduction, constant, per_sequence)
         mini_batches.append(place(numbers, answers.lengths, layout))
-    return Plan(mini_batches, rates, weight, scales)
+    return Plan(mini_batches, rates, weight, scales, layout)
+
+
+def _check(answers: Answers, layout: Layout) -> None:
+    budget, longest = layout.tokens_per_micro_batch, answers.lengths.max(initial=0)
+    if budget % layout.sequence_multiple:
+        raise UserError(
+            f"train.tokens_per_micro_batch ({budget}) is no multiple of {layout.sequence_multiple}, to which every answer is padded",
+            "choose a multiple",
+        )
+    if longest > budget:
+        raise UserError(
+            f"an answer with its prompt is {longest} tokens long, train.tokens_per_micro_batch is {budget}",
+            "raise train.tokens_per_micro_batch, or lower rollout.max_tokens or data.max_prompt_length",
+        )
 
 
 def _denominators(loss_tokens: np.ndarray, reduction: str, constant: float, per_sequence: bool) -> np.ndarray | float:
@@ -111,36 +132,28 @@ def _denominators(loss_tokens: np.ndarray, reduction: str, constant: float, per_
     return trained * (1.0 if per_sequence else np.maximum(loss_tokens, 1))
 
 
+# Costs are counted in whole 1/1024 of what the linear layers cost for one slot, so that every rank adds up the same.
+_UNIT = 1024
+# What a token costs beyond a slot of padding, whose share of the linear layers is the same: the output layer works on tokens that count
+# alone. It is 2 % (Qwen2.5 32B) to 15 % (1.5B) of the whole; enough here to keep the tokens of replicas even where nothing else tells.
+_TOKEN_COST = 0.03
+
+
 def place(numbers: np.ndarray, lengths: np.ndarray, layout: Layout) -> MiniBatch:
-    """Balance answers over replicas by tokens, then pack each replica's into micro-batches, longest first (best fit)."""
-    order = sorted(numbers.tolist(), key=lambda a: (-lengths[a], a))
-    loads = [0] * layout.data_parallel_size
-    replicas: list[list[int]] = [[] for _ in loads]
-    for a in order:
-        lightest = loads.index(min(loads))
-        replicas[lightest].append(a)
-        loads[lightest] += int(lengths[a])
-    packed = [_pack(replica, lengths, layout.tokens_per_micro_batch) for replica in replicas]
-    most = max(map(len, packed))
-    for batches in packed:
-        batches += [[] for _ in range(most - len(batches))]  # an empty micro-batch keeps every rank in step
-    slots = most * layout.tokens_per_micro_batch * layout.data_parallel_size
-    return MiniBatch(packed, fill=sum(loads) / slots if slots else 0.0)
+    """Pack answers into micro-batches and these into replicas, tightly and so that replicas take equally long (packing.distribute).
 
-
-def _pack(order: list[int], lengths: np.ndarray, budget: int) -> list[list[int]]:
-    batches, room = [], []
-    for a in order:
-        fitting = [i for i, free in enumerate(room) if free >= lengths[a]]
-        if fitting:
-            best = min(fitting, key=room.__getitem__)
-        else:
-            best = len(batches)
-            batches.append([])
-            room.append(budget)
-        batches[best].append(a)
-        room[best] -= int(lengths[a])
-    return batches
+    numbers: the answers to place; lengths: int [all answers], none above the budget.
+    """
+    own = lengths[numbers]
+    slots = layout.slots(own)
+    costs = _UNIT * (_TOKEN_COST * own + layout.attention_cost * slots * slots)
+    multiple = layout.length_multiple and math.lcm(layout.length_multiple, layout.sequence_multiple)
+    replicas, budget = layout.data_parallel_size, layout.tokens_per_micro_batch
+    packed = distribute(slots, np.rint(costs).astype(np.int64), replicas, budget, multiple, layout.count_multiple, _UNIT)
+    named = numbers.tolist()
+    micro_batches = [[[named[i] for i in batch] for batch in replica] for replica in packed.bins]
+    room = sum(map(len, micro_batches)) * packed.slots
+    return MiniBatch(micro_batches, fill=int(own.sum()) / room, slots=packed.slots)
 
 
 @dataclass
@@ -154,34 +167,36 @@ class TrainingAnswer:
     verdict: float
 
 
-def pack(members: list[int], answers: dict[int, TrainingAnswer], plan: Plan, tokens: int) -> Batch:
+def pack(members: list[int], answers: dict[int, TrainingAnswer], plan: Plan, tokens: int, sequence_multiple: int = 1) -> Batch:
     """Lay answers end to end into one micro-batch of exactly `tokens` slots; the tail is padding (one sequence of its own).
 
     Position t predicts token t + 1: the response's first token is predicted by the prompt's last, and the last token of an
-    answer predicts nothing.
+    answer predicts nothing. Every answer starts at a multiple of `sequence_multiple`; the slots up to the next one are trailing
+    tokens of its sequence, which predict nothing: no token of the answer sees them. `tokens` is such a multiple, too.
     """
     fields = {name: np.zeros(tokens, np.int64) for name in ("tokens", "targets", "positions")}
     floats = {name: np.zeros(tokens, np.float32) for name in _FLOATS}
     index = np.full(tokens, len(members), np.int64)
-    starts, at = [0], 0
+    steps, starts, at = np.arange(tokens), [0], 0
     for i, number in enumerate(members):
         a = answers[number]
-        ids = a.prompt + a.response
+        ids = np.array(a.prompt + a.response, np.int64)
         end, first = at + len(ids), at + len(a.prompt) - 1
+        padded = at + -(-len(ids) // sequence_multiple) * sequence_multiple
         fields["tokens"][at:end] = ids
         fields["targets"][at : end - 1] = ids[1:]
-        fields["positions"][at:end] = range(len(ids))
+        fields["positions"][at:padded] = steps[: padded - at]
+        index[at:padded] = i
         predicted = slice(first, end - 1)
         floats["loss_mask"][predicted] = a.loss_mask
         floats["sampler_logprobs"][predicted] = a.logprobs
-        index[at:end] = i
         floats["verdict"][predicted] = a.verdict
         floats["correct_rate"][predicted] = plan.correct_rates[number]
         floats["weight"][predicted] = plan.weights[number]
         floats["scale"][predicted] = plan.scales[number]
-        at = end
+        at = padded
         starts.append(at)
-    fields["positions"][at:] = range(tokens - at)
+    fields["positions"][at:] = steps[: tokens - at]
     tensors = {name: torch.from_numpy(array) for name, array in {**fields, **floats}.items()}
     return Batch(
         **tensors,

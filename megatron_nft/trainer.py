@@ -154,9 +154,9 @@ class Run:
 
     def batch(self, groups: list[Group]) -> list[list[Batch]]:
         """This rank's micro-batches of every mini-batch of the rollout step."""
-        settings, train_settings = self.config.objective, self.config.train
+        settings = self.config.objective
         answers, numbers = exchange.table(groups)
-        layout = batching.Layout(self.topology.data_size, train_settings.tokens_per_micro_batch, train_settings.prompts_per_update)
+        layout = self.policy.layout(self.config.train.prompts_per_update)
         weights = partial(objectives.weights, settings=settings)
         plan = batching.plan(answers, layout, weights, settings.reduction, settings.reduction_constant, settings.ratio != "token")
         if plan.mini_batches:

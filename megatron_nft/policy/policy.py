@@ -1,22 +1,28 @@
 """The model that is trained: log-probs, updates, weights out, save and load. Everything here runs on every rank."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_nft.batching import Plan, TrainingAnswer, pack
+from megatron_nft.batching import Layout, Plan, TrainingAnswer, pack
 from megatron_nft.config import Config, ObjectiveConfig
 from megatron_nft.errors import UserError
 from megatron_nft.objectives import MISMATCH, Inputs, correction, summarize_mismatch
-from megatron_nft.policy import checkpoint, exchange, logprobs, model, optimizer
+from megatron_nft.policy import checkpoint, exchange, flops, logprobs, model, optimizer
 from megatron_nft.policy.topology import Topology, device
 from megatron_nft.trajectories import Batch, Group
 from megatron_nft.weights import HuggingFaceWeights, load_huggingface, read_json, save_huggingface, stream, table_for
+
+# Lengths of micro-batches are multiples of this: what kernels like, FP8 ones ask for (16, and 128 for blocks), and few enough of them
+# that the allocator finds its blocks again.
+LENGTH_MULTIPLE = 128
 
 Objective = Callable[[Inputs], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -46,15 +52,27 @@ class Policy:
 
     # ---- batches
 
+    def layout(self, prompts_per_update: int) -> Layout:
+        """How mini-batches of so many groups are laid out for this model on these ranks."""
+        return Layout(
+            data_parallel_size=self.topology.data_size,
+            tokens_per_micro_batch=self.config.train.tokens_per_micro_batch,
+            prompts_per_update=prompts_per_update,
+            attention_cost=flops.attention_cost(self.hf),
+            length_multiple=math.lcm(LENGTH_MULTIPLE, self.topology.tensor_size),
+        )
+
     def receive(self, groups: list[Group], numbers: list[int], plan: Plan) -> list[list[Batch]]:
         """Exchange answers between ranks as the plan says; returns this rank's micro-batches of every mini-batch."""
         return self.pack(plan, exchange.exchange(groups, numbers, plan, self.topology))
 
     def pack(self, plan: Plan, answers: dict[int, TrainingAnswer]) -> list[list[Batch]]:
         """This rank's micro-batches of every mini-batch, from answers it holds by their number in the plan."""
-        tokens = self.config.train.tokens_per_micro_batch
-        mine = [mini.micro_batches[self.topology.data_rank] for mini in plan.mini_batches]
-        return [[_to_device(pack(members, answers, plan, tokens)) for members in batches] for batches in mine]
+        mine, multiple = self.topology.data_rank, plan.layout.sequence_multiple
+        return [
+            [_to_device(pack(members, answers, plan, mini.slots, multiple)) for members in mini.micro_batches[mine]]
+            for mini in plan.mini_batches
+        ]
 
     # ---- log-probs and updates
 
@@ -71,8 +89,9 @@ class Policy:
             batch.correction, sums = correction(batch.old_logprobs, batch.sampler_logprobs, batch.loss_mask, batch.answer_index, settings)
             return values.sum() * 0.0, torch.zeros((), dtype=torch.int), sums | {"entropy": (entropy * batch.loss_mask).sum()}
 
-        with torch.no_grad():
-            sums = self._totals(self._run(batches, collect, forward_only=True), [*MISMATCH, "entropy"])
+        with torch.no_grad():  # a pipeline's stages agree on one length, which a mini-batch has and a rollout step need not have
+            runs = [self._run(list(run), collect, forward_only=True) for _, run in groupby(batches, key=lambda b: len(b.tokens))]
+            sums = self._totals([result for results in runs for result in results], [*MISMATCH, "entropy"])
         return {"entropy": sums["entropy"] / max(sums["mismatch_count"], 1.0), **summarize_mismatch(sums)}
 
     def copy_old_logprobs(self, batches: list[Batch]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def main() -> None:
     # every rank holds some groups, as its engine would have sampled them
     groups = made_up_groups()[topology.rank :: topology.world_size]
     answers, numbers = exchange.table(groups)
-    layout = batching.Layout(topology.data_size, config.train.tokens_per_micro_batch, config.train.prompts_per_update)
+    layout = replace(model.layout(config.train.prompts_per_update), length_multiple=arguments.get("length_multiple"))
     plan = batching.plan(
         answers,
         layout,
@@ -36,6 +37,7 @@ def main() -> None:
     out = {
         "old": model.fill_old_logprobs([b for batches in mini_batches for b in batches], config.objective),
         "updates": [],
+        "slots": [mini.slots for mini in plan.mini_batches],
         "before": before,
     }
     objective = partial(objectives.loss, settings=config.objective)

@@ -1,7 +1,12 @@
+import math
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from benchmarks.packing import answers_of, reasoning_lengths
 from megatron_nft.batching import Answers, Layout, TrainingAnswer, pack, plan
 from megatron_nft.errors import UserError
 
@@ -62,12 +67,104 @@ def test_denominators_are_over_the_whole_mini_batch():
     np.testing.assert_allclose(make_plan(answers, reduction="sequence-mean", per_sequence=True).scales, 1 / 8)
 
 
-def test_balance_and_fill():
-    answers = make_answers(groups=64, n=8, longest=100)
-    mini = make_plan(answers, data=4, tokens=1024, prompts=64).mini_batches[0]
-    loads = [sum(answers.lengths[a] for batch in batches for a in batch) for batches in mini.micro_batches]
-    assert max(loads) - min(loads) <= 100
-    assert mini.fill > 0.9
+@st.composite
+def layouts_and_answers(draw) -> tuple[Answers, Layout]:
+    """Groups of unequal size, some answers without a trained token, and a layout that holds them."""
+    sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=12))
+    lengths = st.lists(st.integers(1, 60), min_size=sum(sizes), max_size=sum(sizes))
+    prompts, responses = np.array(draw(lengths)), np.array(draw(lengths))
+    trained = responses * np.array(draw(st.lists(st.booleans(), min_size=sum(sizes), max_size=sum(sizes))))
+    verdicts, groups = np.arange(sum(sizes)) % 2.0, np.repeat(np.arange(len(sizes)), sizes)
+    multiple = draw(st.sampled_from([1, 2, 4]))
+    layout = Layout(
+        data_parallel_size=draw(st.integers(1, 6)),
+        tokens_per_micro_batch=draw(st.integers(30, 100)) * 4,
+        prompts_per_update=draw(st.integers(1, 5)),
+        attention_cost=draw(st.sampled_from([0.0, 1e-3, 1.0])),
+        length_multiple=draw(st.sampled_from([None, 1, 8, 12])),
+        count_multiple=draw(st.sampled_from([1, 1, 3])),
+        sequence_multiple=multiple,
+    )
+    return Answers(prompts, responses, trained, verdicts, np.zeros(sum(sizes)), groups), layout
+
+
+def rates(verdicts, _):
+    return np.full(len(verdicts), verdicts.mean())
+
+
+@given(layouts_and_answers())
+@settings(max_examples=200, deadline=None)
+def test_any_plan_places_every_answer_once_within_the_slots(case):
+    answers, layout = case
+    made = plan(answers, layout, rates, "token-mean", 1.0)
+    wanted = [np.flatnonzero(np.isin(answers.groups, g)).tolist() for g in runs_of(answers.groups, layout.prompts_per_update)]
+    assert [mini.answers for mini in made.mini_batches] == wanted, "mini-batches are runs of whole groups"
+    for mini in made.mini_batches:
+        [count] = {len(replica) for replica in mini.micro_batches}
+        assert len(mini.micro_batches) == layout.data_parallel_size and count % layout.count_multiple == 0
+        used = [layout.slots(answers.lengths[batch]).sum() for replica in mini.micro_batches for batch in replica]
+        assert max(used) <= mini.slots <= layout.tokens_per_micro_batch and mini.slots % layout.sequence_multiple == 0
+        if layout.length_multiple is None:
+            assert mini.slots == layout.tokens_per_micro_batch
+        else:
+            assert mini.slots % layout.length_multiple == 0 or mini.slots == layout.tokens_per_micro_batch
+            assert mini.slots - max(used) < math.lcm(layout.length_multiple, layout.sequence_multiple), "no longer than needed"
+        assert mini.fill == answers.lengths[mini.answers].sum() / (len(used) * mini.slots)
+
+
+def runs_of(groups: np.ndarray, size: int) -> list[list[int]]:
+    numbers = sorted(set(groups.tolist()))
+    return [numbers[i : i + size] for i in range(0, len(numbers), size)]
+
+
+@given(layouts_and_answers())
+@settings(max_examples=100, deadline=None)
+def test_a_plan_is_the_same_whenever_it_is_made_and_its_terms_whatever_the_layout(case):
+    answers, layout = case
+    for reduction in ("constant", "token-mean", "sequence-mean"):
+        made, again = (plan(answers, layout, rates, reduction, 7.0) for _ in range(2))
+        assert made.mini_batches == again.mini_batches
+        one = plan(answers, Layout(1, 10_000, layout.prompts_per_update), rates, reduction, 7.0)
+        for name in ("correct_rates", "weights", "scales"):
+            np.testing.assert_array_equal(getattr(made, name), getattr(one, name))
+        assert np.isfinite(made.scales).all(), "a mini-batch without a trained token has a denominator, too"
+
+
+# Where an answer may be nearly as long as a micro-batch and a replica has few of them, no packing is tight: a micro-batch is at least as
+# long as the longest answer. At 16,384 over 32 replicas that is so (four or five micro-batches of 14,500 slots or more).
+@pytest.mark.parametrize(("replicas", "budget"), [(8, 16_384), (16, 16_384), (8, 32_768), (16, 32_768), (32, 32_768)])
+@pytest.mark.parametrize("sigma", [0.7, 1.0])
+def test_a_16k_reasoning_run_is_packed_tightly_and_evenly(replicas, budget, sigma):
+    """Published mini-batches of 512 answers: 97 % of the slots hold a token, the slowest replica is within 3 % of the mean."""
+    answers, k = answers_of(*reasoning_lengths(128, seed=3, sigma=sigma)), 1.5e-5
+    made = plan(answers, Layout(replicas, budget, 32, k, length_multiple=128), rates, "constant", 1.0)
+    for mini in made.mini_batches:
+        assert mini.fill >= 0.97
+        lengths = [answers.lengths[[a for batch in replica for a in batch]] for replica in mini.micro_batches]
+        costs = [(n + k * n * n).sum() for n in lengths]
+        assert max(costs) < 1.03 * np.mean(costs)
+        works = [len(mini.micro_batches[0]) * mini.slots + k * (n * n).sum() for n in lengths]
+        assert max(works) < 1.03 * np.mean(costs), "padding counted, against no padding and perfect balance"
+
+
+def test_few_long_answers_are_as_tight_as_the_longest_allows():
+    answers, replicas, budget = answers_of(*reasoning_lengths(128, seed=3, sigma=1.0)), 32, 16_384
+    made = plan(answers, Layout(replicas, budget, 32, 1.5e-5, length_multiple=128), rates, "constant", 1.0)
+    for mini in made.mini_batches:
+        lengths = answers.lengths[mini.answers]
+        least = max(lengths.sum(), replicas * lengths.max() * -(-lengths.sum() // (replicas * budget)))
+        assert least / (replicas * len(mini.micro_batches[0]) * mini.slots) > 0.97
+
+
+def test_attention_is_what_is_balanced():
+    """By tokens the micro-batch of one long answer is the lightest; by its square it is the dearest, and is put beside the cheapest."""
+    lengths = np.array([25, 25, 25, 25, 33, 33, 34, 50, 50, 90])
+    answers = made_answers(np.ones(10, int), lengths - 1, lengths - 1, np.ones(10), 10)
+    for k, of_longest in ((0.01, [25] * 4 + [90]), (0.0, [33, 33, 34, 90])):
+        [mini] = plan(answers, Layout(2, 100, 1, attention_cost=k), rates, "constant", 1.0).mini_batches
+        replicas = [sorted(lengths[[a for batch in replica for a in batch]].tolist()) for replica in mini.micro_batches]
+        assert of_longest in replicas and mini.fill == 390 / 400
+    assert lengths[mini.micro_batches[0][0]].sum() == 100  # a replica's dearest comes first
 
 
 def test_more_replicas_than_answers_leaves_empty_micro_batches():
@@ -101,6 +198,30 @@ def test_pack_lays_answers_end_to_end():
     assert batch.verdict[counted].tolist() == [1, 1, 0, 0]
     assert batch.correct_rate[counted].tolist() == [0.5] * 4
     assert batch.answer_index.tolist() == [0] * 5 + [1] * 5 + [2] * 6
+
+
+def test_pack_pads_answers_to_a_multiple():
+    """As context parallelism asks for: bounds at multiples of 4; the slots between belong to the answer before them and predict nothing."""
+    made = make_plan(made_answers(np.array([2, 3]), np.array([3, 1]), np.array([2, 1]), np.ones(2), 2), data=1, tokens=20, prompts=1)
+    answers = {
+        0: TrainingAnswer([1, 2], [3, 4, 5], [-0.1, -0.2, -0.3], [1, 0, 1], 1.0),
+        1: TrainingAnswer([6, 7, 8], [9], [-0.4], [1], 1.0),
+    }
+    batch, plain = pack([0, 1], answers, made, 20, sequence_multiple=4), pack([0, 1], answers, made, 20)
+    assert batch.cu_seqlens.tolist() == [0, 8, 12, 20]
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 0, 0, 0, 6, 7, 8, 9] + [0] * 8
+    assert batch.positions.tolist() == [*range(8), *range(4), *range(8)]
+    assert batch.answer_index.tolist() == [0] * 8 + [1] * 4 + [2] * 8
+    assert batch.loss_mask.tolist() == [0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0] + [0] * 8
+    for name in ("targets", "sampler_logprobs", "scale", "weight", "verdict", "correct_rate"):
+        mine, theirs = (getattr(b, name)[b.loss_mask == 1] for b in (batch, plain))
+        assert torch.equal(mine, theirs), name
+    assert pack([1, 0], answers, made, 12, sequence_multiple=4).cu_seqlens.tolist() == [0, 4, 12, 12]  # no tail
+
+
+def test_a_budget_that_padded_answers_cannot_fill_is_a_user_error():
+    with pytest.raises(UserError, match=r"tokens_per_micro_batch \(66\) is no multiple of 4"):
+        plan(make_answers(), Layout(2, 66, 2, sequence_multiple=4), rates, "constant", 1.0)
 
 
 def test_pack_of_nothing_is_all_padding():
