@@ -57,12 +57,6 @@ def fused_loss(
     return loss, metrics
 
 
-def merge(parts: list[dict[str, torch.Tensor]], names: list[str]) -> dict[str, torch.Tensor]:
-    """Sums of the metrics of several chunks or micro-batches; maxima for names ending in _max."""
-    stacked = {name: torch.stack([part[name] for part in parts]) for name in names}
-    return {name: values.amax(0) if name.endswith("_max") else values.sum(0) for name, values in stacked.items()}
-
-
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, head, targets, with_entropy, chunk):
@@ -104,7 +98,7 @@ class _FusedLoss(torch.autograd.Function):
                 (coefficient,) = torch.autograd.grad(loss, values)
                 work.accumulate(gradients, part, softmax, coefficient, coefficient * (largest - lse).detach().exp())
         ctx.gradients = work.finish(gradients)
-        metrics.update(merge(sums, list(sums[0])))
+        metrics.update(_merge(sums))
         return torch.stack(losses).sum()
 
     @staticmethod
@@ -211,6 +205,11 @@ def _combine(told: torch.Tensor, group) -> tuple[torch.Tensor, torch.Tensor | No
     if shards.shape[-1] == 3:
         entropies = lse - ((shards[..., 0] - lse).exp() * shards[..., 2]).sum(0)
     return shards[..., 1].sum(0) - lse, entropies, lse
+
+
+def _merge(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    return {name: values.amax(0) if name.endswith("_max") else values.sum(0) for name, values in stacked.items()}
 
 
 def _all_gather(x: torch.Tensor, group) -> torch.Tensor:
