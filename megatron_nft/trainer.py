@@ -103,6 +103,8 @@ class Run:
         precision = policy.precision_of(config.model.precision)
         self.engine = rollout.Engine(config.model.path, config.rollout, max_model_len(config), precision, config.seed)
         self._open.callback(self.engine.close)
+        if self.engine.rounds_head:
+            self.log.note("this vLLM rounds its logits to 16 bits (it has no head_dtype), the trainer does not: watch logprob_difference")
         self.sampler = rollout.Sampler(self.engine, self.judge, self.cursor, config)
         self.sampler.sync(self.policy.weights(), version=self.first_step)
 
