@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_nft.batching import Plan, TrainingAnswer, pack
+from megatron_nft.batching import Plan, TrainingAnswer, join, pack, split
 from megatron_nft.config import Config, ObjectiveConfig
 from megatron_nft.errors import UserError
 from megatron_nft.objectives import MEASURED
@@ -67,8 +67,14 @@ class Policy:
             sums = losses.fill_old_logprobs(self._hidden(output), self._head(), batch, settings)
             return torch.zeros((), device=output.device), torch.zeros((), dtype=torch.int), sums
 
-        with torch.no_grad():
-            return self._totals(self._run(batches, collect, forward_only=True), MEASURED)
+        count = max((self.config.train.logprob_tokens_per_micro_batch or 0) // self.config.train.tokens_per_micro_batch, 1)
+        parts = [batches[i : i + count] for i in range(0, len(batches), count)]
+        joined, full = [join(part) for part in parts], len(batches) // count
+        with torch.no_grad():  # a smaller last one by itself: the schedule knows one length
+            results = [result for same in (joined[:full], joined[full:]) if same for result in self._run(same, collect, forward_only=True)]
+        for whole, part in zip(joined, parts, strict=True):
+            split(whole, part)
+        return self._totals(results, MEASURED)
 
     def copy_old_logprobs(self, batches: list[Batch]) -> None:
         """Take the sampler's log-probs for pi_old (`old_logprobs: rollout`)."""

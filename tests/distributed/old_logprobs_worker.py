@@ -16,7 +16,9 @@ from tests.support import made_up_groups
 
 
 def run(config: Config, topology: policy.Topology, full: bool) -> dict:
-    """full: pi_old of every mini-batch from a pass of its own. Otherwise as the trainer does it."""
+    """full: pi_old of every mini-batch from a pass of its own, a micro-batch at a time. Otherwise as the trainer does it."""
+    if full:
+        config.train.logprob_tokens_per_micro_batch = None
     model = policy.Policy(config, topology)
     groups = made_up_groups()[topology.rank :: topology.world_size]
     answers, numbers = exchange.table(groups)
@@ -65,7 +67,7 @@ def main() -> None:
     for name, overrides in arguments["cases"].items():
         config: Config = load(arguments["config"], [*arguments["overrides"], *overrides])
         topology = topology or policy.initialize(config.parallel, config.seed)
-        found[name] = [run(config, topology, full) for full in (True, False)]
+        found[name] = [run(config, topology, full) for full in (False, True)]
     found["one pass"] = one_pass(0.7)
     if topology.is_first:
         torch.save(found, arguments["output"])
