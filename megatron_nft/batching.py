@@ -209,3 +209,28 @@ def pack(members: list[int], answers: dict[int, TrainingAnswer], plan: Plan, tok
 
 
 _FLOATS = ("loss_mask", "verdict", "correct_rate", "weight", "scale", "sampler_logprobs")
+
+
+def join(batches: list[Batch]) -> Batch:
+    """Micro-batches end to end as one, for a forward-only pass, which has room for more tokens; `split` undoes it."""
+    joined = {name: torch.cat([getattr(b, name) for b in batches]) for name in _JOINED}
+    ends = np.cumsum([0, *(int(b.cu_seqlens[-1]) for b in batches)]).tolist()  # the padding of each stays a sequence of its own
+    starts = [b.cu_seqlens[:-1] + at for b, at in zip(batches, ends)]
+    firsts = np.cumsum([0, *(len(b.answers) + 1 for b in batches)]).tolist()  # + 1: padding has the number of answers
+    index = [b.answer_index + at for b, at in zip(batches, firsts)]
+    return Batch(
+        **joined,
+        cu_seqlens=torch.cat([*starts, starts[0].new_tensor([ends[-1]])]),
+        answer_index=torch.cat(index),
+        answers=[a for b in batches for a in b.answers],
+    )
+
+
+def split(joined: Batch, batches: list[Batch]) -> None:
+    """Give old_logprobs and correction of a joined batch back to the micro-batches it is made of."""
+    sizes = [len(b.tokens) for b in batches]
+    for b, old, factor in zip(batches, joined.old_logprobs.split(sizes), joined.correction.split(sizes), strict=True):
+        b.old_logprobs, b.correction = old, factor
+
+
+_JOINED = ("tokens", "targets", "positions", *_FLOATS, "old_logprobs", "correction")

@@ -266,6 +266,26 @@ def _mismatch(log_w: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor
 
 
 MISMATCH = ["mismatch_count", "mismatch_absolute", "mismatch_k3", "units_count", "units_weight", "units_weight_squared", "units_truncated"]
+MEASURED = [*MISMATCH, "entropy"]
+
+
+def measure(
+    old: torch.Tensor,
+    entropies: torch.Tensor,
+    sampler: torch.Tensor,
+    mask: torch.Tensor,
+    answer_index: torch.Tensor,
+    settings: ObjectiveConfig,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The factors of `correction` and the sums MEASURED: its own, and of the entropies, in nats. All tensors [tokens]."""
+    factor, sums = correction(old, sampler, mask, answer_index, settings)
+    return factor, sums | {"entropy": (entropies * mask).sum()}
+
+
+def summarize_measured(totals: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a rollout step from the totals MEASURED of its passes: mean entropy of a token, in nats, and `summarize_mismatch`."""
+    total = {name: sum(t[name] for t in totals) for name in MEASURED}
+    return {"entropy": total["entropy"] / max(total["mismatch_count"], 1.0), **summarize_mismatch(total)}
 
 
 def summarize_mismatch(total: dict[str, float]) -> dict[str, float]:

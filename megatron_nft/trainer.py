@@ -27,12 +27,12 @@ def train(config: Config) -> None:
             with run.log.stage("batching"):  # w(q) or A, the denominators, and who trains which answer
                 mini_batches = run.batch(groups)
             with run.log.stage("old_logprobs"):  # pi_old(a_t | q, a_<t)
-                run.set_old_logprobs(mini_batches)
+                measured = run.set_old_logprobs(mini_batches)
             with run.log.stage("train"):  # NFT: L = - sum w(q) [r log R + (1 - r) log max_v((1 - r̂ R) / (1 - r̂), eps)]
-                updates = [run.policy.update(batches, run.objective, objectives.METRICS) for batches in mini_batches]
+                updates = [run.update(batches, on_policy=number == 0) for number, batches in enumerate(mini_batches)]
             with run.log.stage("sync"):  # pi_old <- pi_theta
                 run.sampler.sync(run.policy.weights(), version=step)
-            run.finish_step(step, updates)
+            run.finish_step(step, updates, measured)
         run.finish()
 
 
@@ -103,6 +103,8 @@ class Run:
         precision = policy.precision_of(config.model.precision)
         self.engine = rollout.Engine(config.model.path, config.rollout, max_model_len(config), precision, config.seed)
         self._open.callback(self.engine.close)
+        if self.engine.rounds_head:
+            self.log.note("this vLLM rounds its logits to 16 bits (it has no head_dtype), the trainer does not: watch logprob_difference")
         self.sampler = rollout.Sampler(self.engine, self.judge, self.cursor, config)
         self.sampler.sync(self.policy.weights(), version=self.first_step)
 
@@ -163,22 +165,33 @@ class Run:
             self.log.add({"train/fill": sum(m.fill for m in plan.mini_batches) / len(plan.mini_batches)})
         return self.policy.receive(groups, numbers, plan)
 
-    def set_old_logprobs(self, mini_batches: list[list[Batch]]) -> None:
-        """pi_old: a Megatron forward pass, or the sampler's own numbers; then the pass is over the first mini-batch, for the metrics."""
-        batches = [batch for mini in mini_batches for batch in mini]
-        if not batches:
-            return
-        ours = self.config.train.old_logprobs == "recompute"
-        measured = self.policy.fill_old_logprobs(batches if ours else mini_batches[0], self.config.objective)
-        self.log.add({f"train/{name}": value for name, value in measured.items()})
-        if not ours:
-            self.policy.copy_old_logprobs(batches)
+    def set_old_logprobs(self, mini_batches: list[list[Batch]]) -> list[dict[str, float]]:
+        """pi_old: a Megatron forward pass, or the sampler's own numbers. Returns the totals of that pass, if there was one.
 
-    def finish_step(self, step: int, updates: list[dict[str, float]]) -> None:
-        """Log, validate, save."""
+        The first mini-batch needs none: there pi_theta = pi_old still, and its update makes what a pass would.
+        """
+        later = [batch for mini in mini_batches[1:] for batch in mini]
+        if self.config.train.old_logprobs == "rollout":
+            self.policy.copy_old_logprobs([batch for mini in mini_batches for batch in mini])
+        elif later:
+            return [self.policy.fill_old_logprobs(later, self.config.objective)]
+        return []
+
+    def update(self, mini_batch: list[Batch], on_policy: bool) -> dict[str, float]:
+        """One optimiser step; on_policy: on the weights that sampled. Returns its totals."""
+        return self.policy.update(mini_batch, self.objective, objectives.METRICS, on_policy)
+
+    def _log_measured(self, totals: list[dict[str, float]]) -> None:
+        """Entropy and the sampler's mismatch: of the first update's own pass, and of the forward-only pass over the others."""
+        if totals:
+            self.log.add({f"train/{name}": value for name, value in objectives.summarize_measured(totals).items()})
+
+    def finish_step(self, step: int, updates: list[dict[str, float]], measured: list[dict[str, float]]) -> None:
+        """Log, validate, save. measured: totals of the passes that made old log-probs alone."""
         config, last = self.config, self._is_last(step)
         if config.train.sampled_tokens is not None:  # as many steps as the tokens so far promise
             self.log.total_steps = step if last else min(config.train.steps, math.ceil(step * config.train.sampled_tokens / self.tokens))
+        self._log_measured([*updates[:1], *measured])
         self.log.add({f"train/{name}": value for name, value in objectives.summarize(updates, config.optimizer.clip_grad).items()})
         if config.evaluation.interval and (step % config.evaluation.interval == 0 or last):
             self._validate(step)

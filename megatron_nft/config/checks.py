@@ -131,6 +131,12 @@ def _check_batches(config: Config) -> None:
             f"parallel.tensor_model_parallel_size ({parallel.tensor_model_parallel_size}), which sequence_parallel asks for",
             "choose a multiple",
         )
+    joined, tokens = config.train.logprob_tokens_per_micro_batch, config.train.tokens_per_micro_batch
+    if joined is not None and joined < tokens:
+        raise UserError(
+            f"train.logprob_tokens_per_micro_batch ({joined}) is less than train.tokens_per_micro_batch ({tokens})",
+            "use a multiple of it, or leave it out",
+        )
 
 
 _CHOICES = {

@@ -139,6 +139,8 @@ class TrainConfig:
     prompts_per_update: int = 16  # a mini-batch: groups per optimiser update
     tokens_per_micro_batch: int = 4096  # fixed length of a packed micro-batch, per rank
     old_logprobs: str = "recompute"  # recompute (a Megatron forward pass) | rollout (the sampler's)
+    # of that pass, which keeps no activations: as many micro-batches at a time as fit; None: one
+    logprob_tokens_per_micro_batch: int | None = None
     recompute_granularity: str | None = None  # Megatron's: None | full
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_nft.batching import Layout, Plan, TrainingAnswer, pack
+from megatron_nft.batching import Layout, Plan, TrainingAnswer, join, pack, split
 from megatron_nft.config import Config, ObjectiveConfig
 from megatron_nft.errors import UserError
-from megatron_nft.objectives import MISMATCH, Inputs, correction, summarize_mismatch
-from megatron_nft.policy import checkpoint, exchange, flops, logprobs, model, optimizer
+from megatron_nft.objectives import MEASURED
+from megatron_nft.policy import checkpoint, exchange, flops, losses, model, optimizer
+from megatron_nft.policy.logprobs import Head
+from megatron_nft.policy.losses import Objective
 from megatron_nft.policy.topology import Topology, device
 from megatron_nft.trajectories import Batch, Group
 from megatron_nft.weights import HuggingFaceWeights, load_huggingface, read_json, save_huggingface, stream, table_for
@@ -23,8 +25,6 @@ from megatron_nft.weights import HuggingFaceWeights, load_huggingface, read_json
 # Lengths of micro-batches are multiples of this: what kernels like, FP8 ones ask for (16, and 128 for blocks), and few enough of them
 # that the allocator finds its blocks again.
 LENGTH_MULTIPLE = 128
-
-Objective = Callable[[Inputs], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 class Policy:
@@ -78,47 +78,55 @@ class Policy:
 
     def fill_old_logprobs(self, batches: list[Batch], settings: ObjectiveConfig) -> dict[str, float]:
         """Set old_logprobs of every micro-batch to this model's log-probs, and the correction of a sampler that differs from them (both
-        on the last pipeline stage, where they are used).
-
-        Returns over all ranks: mean entropy of a token, in nats, and what objectives.summarize_mismatch tells.
+        on the last pipeline stage, where they are used). Returns the totals objectives.MEASURED over all ranks.
         """
 
         def collect(output, batch: Batch):
-            values, entropy = self._logprobs(output, batch, with_entropy=True)
-            batch.old_logprobs = values.float()
-            batch.correction, sums = correction(batch.old_logprobs, batch.sampler_logprobs, batch.loss_mask, batch.answer_index, settings)
-            return values.sum() * 0.0, torch.zeros((), dtype=torch.int), sums | {"entropy": (entropy * batch.loss_mask).sum()}
+            sums = losses.fill_old_logprobs(self._hidden(output), self._head(), batch, settings)
+            return torch.zeros((), device=output.device), torch.zeros((), dtype=torch.int), sums
 
-        with torch.no_grad():  # a pipeline's stages agree on one length, which a mini-batch has and a rollout step need not have
-            runs = [self._run(list(run), collect, forward_only=True) for _, run in groupby(batches, key=lambda b: len(b.tokens))]
-            sums = self._totals([result for results in runs for result in results], [*MISMATCH, "entropy"])
-        return {"entropy": sums["entropy"] / max(sums["mismatch_count"], 1.0), **summarize_mismatch(sums)}
+        parts = self._joinable(batches)
+        joined = [join(part) for part in parts]
+        with torch.no_grad():  # a pipeline's stages agree on one length, which a rollout step need not have
+            runs = [list(run) for _, run in groupby(joined, key=lambda b: len(b.tokens))]
+            results = [result for run in runs for result in self._run(run, collect, forward_only=True)]
+        for whole, part in zip(joined, parts, strict=True):
+            split(whole, part)
+        return self._totals(results, MEASURED)
+
+    def _joinable(self, batches: list[Batch]) -> list[list[Batch]]:
+        """Runs of micro-batches of one length, each as many as train.logprob_tokens_per_micro_batch has room for."""
+        parts = []
+        for length, same in groupby(batches, key=lambda b: len(b.tokens)):
+            run, count = list(same), max((self.config.train.logprob_tokens_per_micro_batch or 0) // length, 1)
+            parts += [run[i : i + count] for i in range(0, len(run), count)]
+        return parts
 
     def copy_old_logprobs(self, batches: list[Batch]) -> None:
         """Take the sampler's log-probs for pi_old (`old_logprobs: rollout`)."""
         for batch in batches:
             batch.old_logprobs = batch.sampler_logprobs
 
-    def update(self, batches: list[Batch], objective: Objective, names: list[str]) -> dict[str, float]:
+    def update(self, batches: list[Batch], objective: Objective, names: list[str], on_policy: bool = False) -> dict[str, float]:
         """One optimiser step on a mini-batch, given as this rank's micro-batches (equally many on every rank).
 
         names: the objective's metrics; their totals over all micro-batches and ranks are returned, with loss, grad_norm
-        (before clipping) and lr.
+        (before clipping) and lr. on_policy: the weights are those that sampled (the first update of a rollout step). Then the totals
+        MEASURED are returned, too, and with train.old_logprobs=recompute this pass's log-probs are pi_old's: exactly, without dropout.
         """
+        own = on_policy and self.config.train.old_logprobs == "recompute"
 
         def loss_of(output, batch: Batch):
-            values, _ = self._logprobs(output, batch)
-            inputs = Inputs(values, batch.old_logprobs, batch.verdict, batch.correct_rate, batch.weight, batch.scale,
-                            batch.correction, batch.loss_mask, batch.answer_index)  # fmt: skip
-            loss, metrics = objective(inputs)
-            return loss, torch.zeros((), dtype=torch.int), {"loss": loss.detach(), **metrics}
+            hidden, settings = self._hidden(output), self.config.objective
+            loss, metrics = losses.loss(hidden, self._head(), batch, objective, settings, measured=on_policy, own=own)
+            return loss, torch.zeros((), dtype=torch.int), metrics
 
         self.chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(batches, loss_of, forward_only=False)
         self.scheduler.step(increment=1)  # before the update, so that the first one of a warm-up has a learning rate
         _, grad_norm, _ = self.optimizer.step()
-        totals = self._totals(results, ["loss", *names])
+        totals = self._totals(results, ["loss", *names, *(MEASURED if on_policy else ())])
         return {**totals, "grad_norm": float(grad_norm), "lr": self.optimizer.param_groups[0]["lr"]}
 
     def _run(self, batches: list[Batch], on_output, forward_only: bool) -> list[dict]:
@@ -142,24 +150,19 @@ class Policy:
         output = chunk(batch.tokens[None], batch.positions[None], None, packed_seq_params=packed)
         return output, partial(on_output, batch=batch)
 
-    def _logprobs(self, output: torch.Tensor, batch: Batch, with_entropy=False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states [1, tokens (/tp), hidden] -> log-prob (and entropy) of the targets [tokens], zero where the mask is."""
-        from megatron.core import parallel_state, tensor_parallel
+    def _hidden(self, output: torch.Tensor) -> torch.Tensor:
+        """The last stage's output [1, tokens (/tp), hidden] as the head takes it: [tokens, hidden], the same on every tensor rank."""
+        from megatron.core import tensor_parallel
 
-        hidden, group = output[0], parallel_state.get_tensor_model_parallel_group()
         if self.config.parallel.sequence_parallel:
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden)
-        else:
-            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        counted = batch.loss_mask.nonzero()[:, 0]
-        args = model.head_weight(self.module), self.hf["vocab_size"], self.temperature, group
-        weight, *rest = args
-        values = logprobs.logprobs(hidden[counted], weight, batch.targets[counted], *rest)
-        full = values.new_zeros(len(batch.tokens)).index_put((counted,), values)
-        if not with_entropy:
-            return full, None
-        entropy = logprobs.entropies(hidden[counted], weight, *rest)
-        return full, entropy.new_zeros(len(batch.tokens)).index_put((counted,), entropy)
+            return tensor_parallel.gather_from_sequence_parallel_region(output[0])
+        return tensor_parallel.copy_to_tensor_model_parallel_region(output[0])
+
+    def _head(self) -> Head:
+        from megatron.core import parallel_state
+
+        group = parallel_state.get_tensor_model_parallel_group()
+        return Head(model.head_weight(self.module), self.hf["vocab_size"], self.temperature, group)
 
     def _totals(self, results: list[dict[str, torch.Tensor]], names: list[str]) -> dict[str, float]:
         """Sums of the last stage's metrics over micro-batches and replicas, on every rank; maxima for names ending in _max."""

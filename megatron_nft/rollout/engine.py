@@ -18,6 +18,7 @@ from megatron_nft.rollout.settings import (
     cpu_arguments,
     gpu_arguments,
     repack_head,
+    rounds_head,
     sampling_params,
     set_environment,
     tame,
@@ -39,7 +40,7 @@ class Engine:
     """A vLLM engine under the external launcher: torch.distributed and RANK, LOCAL_RANK, WORLD_SIZE, MASTER_* are set by the caller.
 
     `index` of `count` engines is this rank's; `is_first` marks the one rank of an engine that hands on its answers;
-    `weight_version` counts the syncs as told by the caller.
+    `weight_version` counts the syncs as told by the caller; `rounds_head` tells of a sampler that rounds its logits to 16 bits.
     """
 
     def __init__(self, model_path: str, rollout: RolloutConfig, max_model_len: int, precision: str, seed: int):
@@ -61,6 +62,7 @@ class Engine:
         self._llm = LLM(
             model=model_path,
             dtype={"fp32": "float32", "bf16": "bfloat16"}[precision],
+            hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's are
             seed=seed,
             distributed_executor_backend="external_launcher",
             tensor_parallel_size=tp,
@@ -76,6 +78,7 @@ class Engine:
         self._tied = self._llm.model_config.hf_config.tie_word_embeddings
         self._names = weight_names(model_path, self._tied)
         self._tokenizer = self._llm.get_tokenizer()
+        self.rounds_head = any(self._llm.apply_model(rounds_head))
 
     def generate(self, requests: list[Request], on_finish: Callable[[int, Response], None] | None = None) -> list[Response]:
         """Sample one Response for each request, in the order of the requests.

@@ -84,6 +84,16 @@ def repack_head(model: torch.nn.Module) -> None:
     head.quant_method.process_weights_after_loading(head)
 
 
+def rounds_head(model: torch.nn.Module) -> bool:
+    """Whether a started model rounds its logits to 16 bits. The trainer never does: its logits are float32 products.
+
+    vLLM takes `head_dtype` from the model's config where its version knows it for a generating model (0.32 does), and leaves it unread
+    elsewhere.
+    """
+    head = getattr(model.logits_processor, "head_dtype", None) or model.lm_head.weight.dtype
+    return head != torch.float32
+
+
 def gpu_arguments(rollout: RolloutConfig) -> dict[str, Any]:
     return {
         "enable_sleep_mode": True,

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.packing import answers_of, reasoning_lengths
-from megatron_nft.batching import Answers, Layout, TrainingAnswer, pack, plan
+from megatron_nft.batching import Answers, Layout, TrainingAnswer, join, pack, plan, split
 from megatron_nft.errors import UserError
 
 
@@ -227,6 +227,27 @@ def test_a_budget_that_padded_answers_cannot_fill_is_a_user_error():
 def test_pack_of_nothing_is_all_padding():
     batch = pack([], {}, make_plan(make_answers()), tokens=8)
     assert batch.loss_mask.sum() == 0 and batch.cu_seqlens.tolist() == [0, 8]
+
+
+def test_joined_micro_batches_keep_their_sequences_and_answers_apart():
+    plan, made = (
+        make_plan(make_answers()),
+        {
+            0: TrainingAnswer([1, 2], [3, 4, 5], [-0.1, -0.2, -0.3], [1, 0, 1], 1.0),
+            1: TrainingAnswer([6, 7, 8], [9, 10], [-0.4, -0.5], [1, 1], 0.0),
+        },
+    )
+    parts = [pack(members, made, plan, tokens=8) for members in ([0], [], [1])]
+    joined = join(parts)
+    assert joined.cu_seqlens.tolist() == [0, 5, 8, 16, 16 + 5, 24] and joined.max_seqlen == 8
+    assert joined.cu_seqlens.dtype == torch.int32 and joined.answers == [0, 1]
+    assert joined.answer_index.tolist() == [0] * 5 + [1] * 3 + [2] * 8 + [3] * 5 + [4] * 3
+    for name in ("tokens", "targets", "positions", "loss_mask", "sampler_logprobs", "weight"):
+        assert getattr(joined, name).tolist() == [x for part in parts for x in getattr(part, name).tolist()], name
+    joined.old_logprobs, joined.correction = torch.arange(24.0), torch.arange(24.0) + 100
+    split(joined, parts)
+    assert [part.old_logprobs.tolist() for part in parts] == [list(range(i, i + 8)) for i in (0, 8, 16)]
+    assert parts[1].correction.tolist() == list(range(108, 116))
 
 
 def uneven_answers() -> Answers:

@@ -172,3 +172,9 @@ def test_sequence_parallel_divides_the_micro_batch():
     assert "train.tokens_per_micro_batch (1001)" in refused(config).problem
     config.train.tokens_per_micro_batch = 1002
     check(config)
+
+
+def test_a_log_prob_pass_smaller_than_a_micro_batch():
+    check(changed("train.logprob_tokens_per_micro_batch", 4096))
+    error = refused(changed("train.logprob_tokens_per_micro_batch", 4095))
+    assert error.problem == "train.logprob_tokens_per_micro_batch (4095) is less than train.tokens_per_micro_batch (4096)"

@@ -1,51 +1,190 @@
+"""Both forms of the chunked log-probs against full logits, log_softmax and autograd; on two ranks in tests/distributed."""
+
 import pytest
 import torch
 
-from megatron_nft.policy.logprobs import entropies, logprobs
+from megatron_nft.policy import logprobs as module
+from megatron_nft.policy.logprobs import Head, fused_loss, logprobs
 
 
-def plain(hidden, weight, targets, vocab_size, temperature):
-    logits = (hidden @ weight[:vocab_size].T / temperature).log_softmax(-1)
-    return logits.gather(1, targets[:, None])[:, 0], -(logits.exp() * logits).sum(-1)
+def plain(hidden, weight, targets, vocab_size, temperature=1.0):
+    table = (hidden @ weight[:vocab_size].T / temperature).log_softmax(-1)
+    return table.gather(1, targets[:, None])[:, 0], -(table.exp() * table).sum(-1)
 
 
 def make(dtype=torch.float64, tokens=13, hidden=6, vocab=11, padded=12, seed=0):
     g = torch.Generator().manual_seed(seed)
     h = torch.randn(tokens, hidden, dtype=dtype, generator=g).requires_grad_()
-    w = torch.randn(padded, hidden, dtype=dtype, generator=g).requires_grad_()
+    w = (torch.randn(padded, hidden, dtype=dtype, generator=g) / hidden**0.5).requires_grad_()
     return h, w, torch.randint(0, vocab, (tokens,), generator=g), vocab
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 100])
+def weighted(weights):
+    """A loss that is a sum over tokens and not linear in the log-probs, with metrics of both kinds and the entropies where there are."""
+
+    def loss_of(values, entropies, part):
+        ratio = (values + 2.0).exp()
+        metrics = {"count": torch.ones_like(values).sum(), "ratio_max": ratio.detach().max()}
+        if entropies is not None:
+            metrics["entropy"] = entropies.sum()
+        return (weights[part] * ratio).sum(), metrics
+
+    return loss_of
+
+
+def weights_for(h):
+    return torch.randn(len(h), dtype=h.dtype, generator=torch.Generator().manual_seed(9))
+
+
+def by_form(form, h, head, targets, loss_of, with_entropy=False, chunk=None):
+    if form == "one pass":
+        return fused_loss(h, head, targets, loss_of, with_entropy, chunk)
+    return loss_of(*logprobs(h, head, targets, with_entropy, chunk), slice(None))
+
+
+FORMS = pytest.mark.parametrize("form", ["one pass", "recomputing"])
+
+
+@FORMS
+@pytest.mark.parametrize("chunk", [1, 4, 5, None])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_equal_to_the_plain_way_in_float64(chunk, temperature):
+def test_equal_to_the_plain_way_in_float64(form, chunk, temperature):
+    """Values, gradients, entropies and metrics to 1e-12, with a scalar upstream gradient that is not 1."""
     h, w, targets, vocab = make()
-    g = torch.randn(13, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    values = logprobs(h, w, targets, vocab, temperature, chunk=chunk)
+    loss_of = weighted(weights_for(h))
     expected, entropy = plain(h, w, targets, vocab, temperature)
+    want_loss, want = loss_of(expected, entropy, slice(None))
+    loss, metrics = by_form(form, h, Head(w, vocab, temperature), targets, loss_of, True, chunk)
+    torch.testing.assert_close(loss, want_loss, rtol=1e-12, atol=1e-12)
+    assert set(metrics) == set(want)
+    for name in want:
+        torch.testing.assert_close(metrics[name].detach(), want[name].detach(), rtol=1e-12, atol=1e-12)
+    for got, wanted in zip(torch.autograd.grad(-3.0 * loss, (h, w)), torch.autograd.grad(-3.0 * want_loss, (h, w))):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, None])
+def test_values_and_entropies_of_every_token(chunk):
+    h, w, targets, vocab = make()
+    expected, entropy = plain(h, w, targets, vocab, 0.7)
+    values, entropies = logprobs(h, Head(w, vocab, 0.7), targets, with_entropy=True, chunk=chunk)
     torch.testing.assert_close(values, expected, rtol=1e-13, atol=1e-13)
-    for got, want in zip(torch.autograd.grad(values, (h, w), g), torch.autograd.grad(expected, (h, w), g)):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(entropies(h, w, vocab, temperature, chunk=chunk), entropy, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(entropies, entropy, rtol=1e-12, atol=1e-12)
+    assert not entropies.requires_grad and logprobs(h, Head(w, vocab, 0.7), targets)[1] is None
 
 
-def test_gradcheck():
-    h, w, targets, vocab = make(tokens=5)
-    assert torch.autograd.gradcheck(lambda h, w: logprobs(h, w, targets, vocab, 0.8, chunk=2), (h, w))
+def test_entropy_of_a_nearly_certain_token():
+    """Probabilities that underflow count nothing."""
+    h, w, targets, vocab = make(torch.float32)
+    _, entropies = logprobs(h * 1000, Head(w, vocab), targets, with_entropy=True)
+    torch.testing.assert_close(entropies, plain(h * 1000, w, targets, vocab)[1].nan_to_num(0.0), rtol=1e-5, atol=2e-5)
 
 
-def test_float32_is_close_and_padding_columns_get_no_gradient():
+@FORMS
+def test_float32(form):
+    """Log-probs to 1e-6, gradients to 1e-6 of their largest; columns of padding get no gradient."""
     h, w, targets, vocab = make(torch.float32, tokens=300, hidden=64, vocab=1000, padded=1024)
-    values = logprobs(h, w, targets, vocab, chunk=128)
-    torch.testing.assert_close(values, plain(h, w, targets, vocab, 1.0)[0], rtol=1e-6, atol=2e-6)
-    values.sum().backward()
+    loss_of = weighted(weights_for(h))
+    expected, entropy = plain(h, w, targets, vocab)
+    values, entropies = logprobs(h, Head(w, vocab), targets, True, chunk=128)
+    torch.testing.assert_close(values, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(entropies, entropy, rtol=1e-6, atol=1e-6)
+    loss, _ = by_form(form, h, Head(w, vocab), targets, loss_of, chunk=128)
+    want = torch.autograd.grad(loss_of(expected, None, slice(None))[0], (h, w))
+    for got, wanted in zip(torch.autograd.grad(loss, (h, w)), want):
+        assert (got - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+    loss, _ = by_form(form, h, Head(w, vocab), targets, loss_of, chunk=128)
+    loss.backward()
     assert w.grad[vocab:].abs().max() == 0 and w.grad[:vocab].abs().max() > 0
 
 
-def test_no_tokens():
+@FORMS
+def test_bfloat16_operands_give_float32_logits(form):
+    """Log-probs as of the float32 copies of the operands, to 1e-6; gradients as theirs, rounded once to bfloat16 (2^-8)."""
+    h, w, targets, vocab = make(torch.float32, tokens=40, hidden=32, vocab=200, padded=208)
+    h16, w16 = (x.detach().bfloat16().requires_grad_() for x in (h, w))
+    h32, w32 = (x.detach().float().requires_grad_() for x in (h16, w16))
+    values, _ = logprobs(h16, Head(w16, vocab), targets, chunk=16)
+    torch.testing.assert_close(values, plain(h32, w32, targets, vocab)[0], rtol=1e-6, atol=1e-6)
+    loss_of = weighted(weights_for(h32))
+    loss, _ = by_form(form, h16, Head(w16, vocab), targets, loss_of, chunk=16)
+    want = torch.autograd.grad(loss_of(plain(h32, w32, targets, vocab)[0], None, slice(None))[0], (h32, w32))
+    for got, wanted in zip(torch.autograd.grad(loss, (h16, w16)), want):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.float(), wanted, rtol=2**-8, atol=1e-6)
+
+
+class Anew(torch.autograd.Function):
+    """`of(h, w)`, computed again for every backward pass: gradcheck asks for several, a fused loss has one."""
+
+    @staticmethod
+    def forward(ctx, h, w, of):
+        ctx.save_for_backward(h, w)
+        ctx.of = of
+        return of(h, w).detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            h, w = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+            return *torch.autograd.grad(ctx.of(h, w), (h, w), grad), None
+
+
+@FORMS
+def test_gradcheck(form):
+    h, w, targets, vocab = make(tokens=5)
+    loss_of = weighted(weights_for(h))
+
+    def of(h, w):
+        return by_form(form, h, Head(w, vocab, 0.8), targets, loss_of, chunk=2)[0] * 1.7
+
+    assert torch.autograd.gradcheck(lambda h, w: Anew.apply(h, w, of), (h, w))
+    if form == "recomputing":
+        assert torch.autograd.gradcheck(lambda h, w: logprobs(h, Head(w, vocab, 0.8), targets, chunk=2)[0], (h, w))
+
+
+def test_a_fused_loss_goes_backward_once():
+    h, w, targets, vocab = make()
+    loss, _ = fused_loss(h, Head(w, vocab), targets, weighted(weights_for(h)))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+
+
+@FORMS
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_part_gets_no_gradient(form, frozen):
+    h, w, targets, vocab = make()
+    (h if frozen == "hidden" else w).requires_grad_(False)
+    loss_of, trained = weighted(weights_for(h)), w if frozen == "hidden" else h
+    loss, _ = by_form(form, h, Head(w, vocab), targets, loss_of, chunk=4)
+    want = loss_of(plain(h, w, targets, vocab)[0], None, slice(None))[0]
+    torch.testing.assert_close(*(torch.autograd.grad(x, trained)[0] for x in (loss, want)), rtol=1e-12, atol=1e-12)
+
+
+def test_forward_only_computes_no_gradient(monkeypatch):
+    h, w, targets, vocab = make()
+    loss_of, head = weighted(weights_for(h)), Head(w, vocab)
+    monkeypatch.setattr(module._Chunks, "accumulate", lambda *_: pytest.fail("a gradient was made"))
+    with torch.no_grad():
+        loss, _ = fused_loss(h, head, targets, loss_of)
+    assert not loss.requires_grad
+    fused_loss(h.detach(), Head(w.detach(), vocab), targets, loss_of)
+    with pytest.raises(pytest.fail.Exception):
+        fused_loss(h, head, targets, loss_of)
+
+
+@FORMS
+def test_no_tokens(form):
     h, w, _, vocab = make()
-    values = logprobs(h[:0], w, torch.zeros(0, dtype=torch.long), vocab)
-    assert values.shape == (0,)
-    values.sum().backward()
-    assert h.grad.abs().sum() == 0
-    assert entropies(h[:0], w, vocab).shape == (0,)
+    nothing = torch.zeros(0, dtype=torch.long)
+    loss, _ = by_form(form, h[:0], Head(w, vocab), nothing, lambda values, entropies, part: (values.sum(), {}), True)
+    loss.backward()
+    assert h.grad.abs().sum() == 0 and w.grad.abs().sum() == 0
+    values, entropies = logprobs(h[:0], Head(w, vocab), nothing, with_entropy=True)
+    assert values.shape == entropies.shape == (0,)
+
+
+def test_parts_are_even_and_cover_every_token():
+    assert module._cut(4096, 882) == [slice(i * 820, min(i * 820 + 820, 4096)) for i in range(5)]
+    assert module._cut(5, 10) == [slice(0, 5)] and module._cut(0, 10) == [slice(0, 0)]
