@@ -39,6 +39,16 @@ class Layout:
     data_parallel_size: int
     tokens_per_micro_batch: int
     prompts_per_update: int
+    sequence_multiple: int = 1  # slots of each answer in a micro-batch are a multiple of this
+    micro_batch_multiple: int = 1  # micro-batches of a mini-batch are a multiple of this
+
+    def slots(self, length: int) -> int:
+        """Slots that an answer with its prompt takes."""
+        return _round_up(length, self.sequence_multiple)
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ def plan(
     mini-batch, so they do not depend on the layout.
     Raises UserError if an answer is longer than the token budget.
     """
-    if answers.lengths.max(initial=0) > layout.tokens_per_micro_batch:
+    if layout.slots(answers.lengths.max(initial=0)) > layout.tokens_per_micro_batch:
         longest, budget = answers.lengths.max(), layout.tokens_per_micro_batch
         raise UserError(
             f"an answer with its prompt is {longest} tokens long, train.tokens_per_micro_batch is {budget}",
@@ -120,15 +130,16 @@ def place(numbers: np.ndarray, lengths: np.ndarray, layout: Layout) -> MiniBatch
         lightest = loads.index(min(loads))
         replicas[lightest].append(a)
         loads[lightest] += int(lengths[a])
-    packed = [_pack(replica, lengths, layout.tokens_per_micro_batch) for replica in replicas]
-    most = max(map(len, packed))
+    slots = {a: layout.slots(int(lengths[a])) for a in order}
+    packed = [_pack(replica, slots, layout.tokens_per_micro_batch) for replica in replicas]
+    most = _round_up(max(map(len, packed)), layout.micro_batch_multiple)
     for batches in packed:
         batches += [[] for _ in range(most - len(batches))]  # an empty micro-batch keeps every rank in step
-    slots = most * layout.tokens_per_micro_batch * layout.data_parallel_size
-    return MiniBatch(packed, fill=sum(loads) / slots if slots else 0.0)
+    room = most * layout.tokens_per_micro_batch * layout.data_parallel_size
+    return MiniBatch(packed, fill=sum(loads) / room if room else 0.0)
 
 
-def _pack(order: list[int], lengths: np.ndarray, budget: int) -> list[list[int]]:
+def _pack(order: list[int], lengths: dict[int, int], budget: int) -> list[list[int]]:
     batches, room = [], []
     for a in order:
         fitting = [i for i, free in enumerate(room) if free >= lengths[a]]
@@ -139,7 +150,7 @@ def _pack(order: list[int], lengths: np.ndarray, budget: int) -> list[list[int]]
             batches.append([])
             room.append(budget)
         batches[best].append(a)
-        room[best] -= int(lengths[a])
+        room[best] -= lengths[a]
     return batches
 
 
@@ -154,8 +165,10 @@ class TrainingAnswer:
     verdict: float
 
 
-def pack(members: list[int], answers: dict[int, TrainingAnswer], plan: Plan, tokens: int) -> Batch:
+def pack(members: list[int], answers: dict[int, TrainingAnswer], plan: Plan, tokens: int, sequence_multiple: int = 1) -> Batch:
     """Lay answers end to end into one micro-batch of exactly `tokens` slots; the tail is padding (one sequence of its own).
+
+    Each answer is padded to a multiple of sequence_multiple slots, which belong to its sequence and count as padding.
 
     Position t predicts token t + 1: the response's first token is predicted by the prompt's last, and the last token of an
     answer predicts nothing.
@@ -179,7 +192,8 @@ def pack(members: list[int], answers: dict[int, TrainingAnswer], plan: Plan, tok
         floats["correct_rate"][predicted] = plan.correct_rates[number]
         floats["weight"][predicted] = plan.weights[number]
         floats["scale"][predicted] = plan.scales[number]
-        at = end
+        at += _round_up(len(ids), sequence_multiple)
+        fields["positions"][end:at] = range(len(ids), len(ids) + at - end)
         starts.append(at)
     fields["positions"][at:] = range(tokens - at)
     tensors = {name: torch.from_numpy(array) for name, array in {**fields, **floats}.items()}

@@ -22,6 +22,7 @@ def sft(config: Config) -> None:
     topology = policy.initialize(config.parallel, config.seed)
     model = policy.Policy(config, topology)
     model.temperature = 1.0
+    layout = topology.layout(config.train.tokens_per_micro_batch, config.sft.sequences_per_update)
     first_step = model.load(resume_from)["step"] if resume_from else 0
     run_dir = Path(config.run_dir)
     if topology.is_first:
@@ -32,7 +33,7 @@ def sft(config: Config) -> None:
     for step in range(first_step + 1, config.sft.steps + 1):
         with log.stage("batching"):
             chosen = [examples[i] for i in draw(len(examples), config.sft.sequences_per_update, step, config.seed)]
-            [batches] = model.pack(plan(chosen, config, topology.data_size), dict(enumerate(chosen)))
+            [batches] = model.pack(plan(chosen, layout), dict(enumerate(chosen)))
         with log.stage("train"):
             totals = model.update(batches, objectives.likelihood, ["terms_count", "nll_sum"])
         log.add({f"train/{name}": totals[name] for name in ("loss", "grad_norm", "lr")}, tokens=totals["terms_count"])
@@ -85,10 +86,9 @@ def _order(count: int, epoch: int, seed: int) -> list[int]:
     return random.Random(f"{seed}/{epoch}").sample(range(count), count)
 
 
-def plan(chosen: list[batching.TrainingAnswer], config: Config, data_size: int) -> batching.Plan:
+def plan(chosen: list[batching.TrainingAnswer], layout: batching.Layout) -> batching.Plan:
     """One mini-batch of examples, each its own group, reduced to the mean over answer tokens."""
     prompt_lengths = np.array([len(e.prompt) for e in chosen])
     lengths = np.array([len(e.response) for e in chosen])
     answers = batching.Answers(prompt_lengths, lengths, lengths, np.ones(len(chosen)), np.zeros(len(chosen)), np.arange(len(chosen)))
-    layout = batching.Layout(data_size, config.train.tokens_per_micro_batch, len(chosen))
     return batching.plan(answers, layout, weights=lambda verdicts, _: np.ones(len(verdicts)), reduction="token-mean", constant=1.0)

@@ -156,7 +156,7 @@ class Run:
         """This rank's micro-batches of every mini-batch of the rollout step."""
         settings, train_settings = self.config.objective, self.config.train
         answers, numbers = exchange.table(groups)
-        layout = batching.Layout(self.topology.data_size, train_settings.tokens_per_micro_batch, train_settings.prompts_per_update)
+        layout = self.topology.layout(train_settings.tokens_per_micro_batch, train_settings.prompts_per_update)
         weights = partial(objectives.weights, settings=settings)
         plan = batching.plan(answers, layout, weights, settings.reduction, settings.reduction_constant, settings.ratio != "token")
         if plan.mini_batches:

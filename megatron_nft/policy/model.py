@@ -18,8 +18,8 @@ def precision_of(setting: str) -> str:
 
 
 def dtype_of(setting: str) -> torch.dtype:
-    """The torch dtype of model.precision."""
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision_of(setting)]
+    """The torch dtype of model.precision; fp64 is no setting of a run, for Megatron's optimizer has none, but gradients can be had in it."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision_of(setting)]
 
 
 def check(config: Config, window: int) -> None:
@@ -66,7 +66,7 @@ def transformer_config(hf: dict, config: Config):
     from megatron.core.transformer import TransformerConfig
 
     dtype, gpu = dtype_of(config.model.precision), torch.cuda.is_available()
-    recompute = config.train.recompute_granularity
+    recompute, chunks = config.train.recompute_granularity, topology.virtual_size(config.parallel)
     return TransformerConfig(
         num_layers=hf["num_hidden_layers"],
         hidden_size=hf["hidden_size"],
@@ -84,6 +84,11 @@ def transformer_config(hf: dict, config: Config):
         attention_dropout=0.0,
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks,
+        # interleaved over two stages, a rank is its neighbour's neighbour on both sides: in one batch the messages would be mixed up
+        overlap_p2p_comm=chunks is not None,
+        batch_p2p_comm=chunks is None,
+        context_parallel_size=config.parallel.context_parallel_size,
         sequence_parallel=config.parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -110,12 +115,12 @@ def have_transformer_engine() -> bool:
     return gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
 
 
-def block_spec(megatron):
-    """Layer spec of this pipeline stage: Transformer Engine's where it is installed, otherwise Megatron's local one with our
+def block_spec(megatron, vp_stage: int | None = None):
+    """Layer spec of this pipeline stage (of its chunk vp_stage): Transformer Engine's where it is installed, otherwise Megatron's local one with our
     RMSNorm and packed attention in place of its own (its norm refuses sequence parallelism, its attention packed input)."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    spec = get_gpt_decoder_block_spec(megatron, use_transformer_engine=have_transformer_engine(), normalization="RMSNorm")
+    spec = get_gpt_decoder_block_spec(megatron, use_transformer_engine=have_transformer_engine(), normalization="RMSNorm", vp_stage=vp_stage)
     if not have_transformer_engine():
         spec.layer_norm = RMSNorm
         for layer in spec.layer_specs:
@@ -132,22 +137,31 @@ def kernels() -> str:
     return f"Megatron-Core local layers on {where}, torch scaled_dot_product_attention over packed sequences, torch AdamW"
 
 
-def build(hf: dict, config: Config, pre_process: bool, post_process: bool):
-    """This rank's GPTModel, weights not yet loaded. Its output is the last hidden state [1, tokens (/tp), hidden], not logits."""
+def build(hf: dict, config: Config) -> list:
+    """This rank's GPTModels, weights not yet loaded: one, or its chunks of an interleaved pipeline. They share one TransformerConfig.
+
+    The output of the last is the last hidden state [1, tokens (/cp /tp), hidden], not logits.
+    """
+    megatron, chunks = transformer_config(hf, config), topology.virtual_size(config.parallel)
+    return [_chunk(hf, config, megatron, vp_stage) for vp_stage in ([None] if chunks is None else range(chunks))]
+
+
+def _chunk(hf: dict, config: Config, megatron, vp_stage: int | None):
+    from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
-    megatron = transformer_config(hf, config)
-    rope = rope_settings(hf)
+    post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     model = GPTModel(
         config=megatron,
-        transformer_layer_spec=block_spec(megatron),
+        transformer_layer_spec=block_spec(megatron, vp_stage),
         vocab_size=padded_vocab_size(hf["vocab_size"], config.parallel.tensor_model_parallel_size),
         max_sequence_length=hf["max_position_embeddings"],
-        pre_process=pre_process,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=post_process,
         share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings")),
         position_embedding_type="rope",
-        **rope,
+        vp_stage=vp_stage,
+        **rope_settings(hf),
     )
     _mark_tensor_parallel(model)
     if post_process:

@@ -13,7 +13,7 @@ from megatron_nft.batching import Plan, TrainingAnswer, pack
 from megatron_nft.config import Config, ObjectiveConfig
 from megatron_nft.errors import UserError
 from megatron_nft.objectives import MISMATCH, Inputs, correction, summarize_mismatch
-from megatron_nft.policy import checkpoint, exchange, logprobs, model, optimizer
+from megatron_nft.policy import checkpoint, context, exchange, logprobs, model, optimizer
 from megatron_nft.policy.topology import Topology, device
 from megatron_nft.trajectories import Batch, Group
 from megatron_nft.weights import HuggingFaceWeights, load_huggingface, read_json, save_huggingface, stream, table_for
@@ -32,17 +32,22 @@ class Policy:
         source = load_huggingface(config.model.path) if weights else None
         self.hf = source.config if source else read_json(Path(config.model.path) / "config.json")
         self.table = table_for(self.hf)
-        first, last = topology.pipeline_rank == 0, topology.is_last_stage
-        self.module = model.build(self.hf, config, pre_process=first, post_process=last)
+        self.modules = model.build(self.hf, config)  # one GPTModel, or the chunks of an interleaved pipeline
         if source:
             self._fill(source)
-        self.chunk = self.module
+        self.chunks = self.modules
         if trainable:
-            self.chunk = optimizer.wrap(self.module, self.module.config)
-            self.optimizer, self.scheduler = optimizer.make(self.chunk, config.optimizer)
-            self.module.config.grad_scale_func = self.optimizer.scale_loss
-            self.module.config.finalize_model_grads_func = _sum_gradients
-            self.module.config.no_sync_func = self.chunk.no_sync  # only the last micro-batch of an update starts the reduction
+            self.chunks = [optimizer.wrap(module, module.config) for module in self.modules]
+            self.optimizer, self.scheduler = optimizer.make(self.chunks, config.optimizer)
+            settings, waits = self.module.config, [chunk.no_sync for chunk in self.chunks]
+            settings.grad_scale_func = self.optimizer.scale_loss
+            settings.finalize_model_grads_func = _sum_gradients
+            settings.no_sync_func = waits if len(waits) > 1 else waits[0]  # only the last micro-batch of an update starts the reduction
+
+    @property
+    def module(self):
+        """The last chunk, which on the last pipeline stage has the head."""
+        return self.modules[-1]
 
     # ---- batches
 
@@ -54,7 +59,8 @@ class Policy:
         """This rank's micro-batches of every mini-batch, from answers it holds by their number in the plan."""
         tokens = self.config.train.tokens_per_micro_batch
         mine = [mini.micro_batches[self.topology.data_rank] for mini in plan.mini_batches]
-        return [[_to_device(pack(members, answers, plan, tokens)) for members in batches] for batches in mine]
+        multiple = self.topology.sequence_multiple
+        return [[_to_device(pack(members, answers, plan, tokens, multiple)) for members in batches] for batches in mine]
 
     # ---- log-probs and updates
 
@@ -94,7 +100,8 @@ class Policy:
             loss, metrics = objective(inputs)
             return loss, torch.zeros((), dtype=torch.int), {"loss": loss.detach(), **metrics}
 
-        self.chunk.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(batches, loss_of, forward_only=False)
         self.scheduler.step(increment=1)  # before the update, so that the first one of a warm-up has a learning rate
@@ -108,8 +115,8 @@ class Policy:
 
         return get_forward_backward_func()(
             forward_step_func=lambda iterator, chunk: self._forward(next(iterator), chunk, on_output),
-            data_iterator=iter(batches),
-            model=[self.chunk],
+            data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
+            model=list(self.chunks),
             num_microbatches=len(batches),
             seq_length=len(batches[0].tokens),
             micro_batch_size=1,
@@ -120,11 +127,15 @@ class Policy:
         from megatron.core.packed_seq_params import PackedSeqParams
 
         packed = PackedSeqParams("thd", batch.cu_seqlens, batch.cu_seqlens, max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen)
-        output = chunk(batch.tokens[None], batch.positions[None], None, packed_seq_params=packed)
+        packed.places = places = _places(batch)
+        output = chunk(batch.tokens[None, places.own], batch.positions[None, places.own], None, packed_seq_params=packed)
         return output, partial(on_output, batch=batch)
 
     def _logprobs(self, output: torch.Tensor, batch: Batch, with_entropy=False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states [1, tokens (/tp), hidden] -> log-prob (and entropy) of the targets [tokens], zero where the mask is."""
+        """Hidden states [1, tokens (/cp /tp), hidden] -> log-prob (and entropy) of the targets [tokens], zero where the mask is.
+
+        Every context-parallel rank gets those of all tokens, and the gradient of its own.
+        """
         from megatron.core import parallel_state, tensor_parallel
 
         hidden, group = output[0], parallel_state.get_tensor_model_parallel_group()
@@ -132,19 +143,20 @@ class Policy:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden)
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        counted = batch.loss_mask.nonzero()[:, 0]
+        places = _places(batch)
+        counted = batch.loss_mask[places.own].nonzero()[:, 0]
         args = model.head_weight(self.module), self.hf["vocab_size"], self.temperature, group
         weight, *rest = args
-        values = logprobs.logprobs(hidden[counted], weight, batch.targets[counted], *rest)
-        full = values.new_zeros(len(batch.tokens)).index_put((counted,), values)
+        values = logprobs.logprobs(hidden[counted], weight, batch.targets[places.own][counted], *rest)
+        full = places.gather(values.new_zeros(len(places.own)).index_put((counted,), values))
         if not with_entropy:
             return full, None
         entropy = logprobs.entropies(hidden[counted], weight, *rest)
-        return full, entropy.new_zeros(len(batch.tokens)).index_put((counted,), entropy)
+        return full, places.gather(entropy.new_zeros(len(places.own)).index_put((counted,), entropy))
 
     def _totals(self, results: list[dict[str, torch.Tensor]], names: list[str]) -> dict[str, float]:
         """Sums of the last stage's metrics over micro-batches and replicas, on every rank; maxima for names ending in _max."""
-        mine = self.topology.is_last_stage and self.topology.tensor_rank == 0
+        mine = self.topology.speaks
         totals = {}
         for reduce, op in ((torch.sum, dist.ReduceOp.SUM), (torch.amax, dist.ReduceOp.MAX)):
             kind = [n for n in names if n.endswith("_max") == (reduce is torch.amax)]
@@ -159,9 +171,13 @@ class Policy:
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor under its Hugging Face name, full, on every rank; a collective: exhaust it on all ranks."""
+        return self.gathered(lambda parameter: parameter.data)
+
+    def gathered(self, of: Callable[[torch.nn.Parameter], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """weights(), of another tensor of each parameter: what `of` returns, in the parameter's shape."""
         from megatron.core import parallel_state
 
-        named = ((name, parameter.data) for name, parameter in self._named_parameters() if not self._is_tied_copy(name))
+        named = ((name, of(parameter)) for name, parameter in self._named_parameters() if not self._is_tied_copy(name))
         tp, pp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
         return stream(named, self.table, tp, pp)
 
@@ -190,9 +206,10 @@ class Policy:
 
     def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters of this stage, with global layer numbers."""
-        offset = self.module.decoder.layers[0].layer_number - 1 if len(self.module.decoder.layers) else 0
-        for name, parameter in self.module.named_parameters():
-            yield re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{int(m[1]) + offset}.", name), parameter
+        for module in self.modules:
+            offset = module.decoder.layers[0].layer_number - 1 if len(module.decoder.layers) else 0
+            for name, parameter in module.named_parameters():
+                yield re.sub(r"^decoder\.layers\.(\d+)\.", lambda m, by=offset: f"decoder.layers.{int(m[1]) + by}.", name), parameter
 
     def _is_tied_copy(self, name: str) -> bool:
         """The last pipeline stage's own copy of a tied embedding."""
@@ -214,6 +231,15 @@ def _sum_gradients(chunks, num_tokens=None, **kwargs) -> None:
     from megatron.core.distributed import finalize_model_grads
 
     finalize_model_grads(chunks, None, **kwargs)
+
+
+def _places(batch: Batch) -> context.Places:
+    """This rank's slots of a micro-batch, worked out once."""
+    from megatron.core import parallel_state
+
+    if not hasattr(batch, "places"):
+        batch.places = context.Places(batch.cu_seqlens, parallel_state.get_context_parallel_group())
+    return batch.places
 
 
 def _to_device(batch: Batch) -> Batch:

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from megatron_nft.batching import TrainingAnswer
-from megatron_nft.config import Config
+from megatron_nft.batching import Layout, TrainingAnswer
 from megatron_nft.supervised import draw, plan
 
 
@@ -23,8 +22,6 @@ def test_a_step_is_the_same_whenever_it_is_asked_for():
 def test_the_loss_is_the_mean_over_answer_tokens_whatever_the_layout():
     chosen = [TrainingAnswer([1] * p, [2] * r, [0.0] * r, [1] * r, 1.0) for p, r in ((3, 5), (2, 9), (4, 1), (2, 2))]
     for replicas, tokens in ((1, 64), (2, 16), (4, 12)):
-        config = Config()
-        config.train.tokens_per_micro_batch = tokens
-        found = plan(chosen, config, replicas)
+        found = plan(chosen, Layout(replicas, tokens, len(chosen)))
         assert np.allclose(found.scales, 1 / 17, rtol=1e-15)
         assert sorted(found.replica_of()) == [0, 1, 2, 3] and len(found.mini_batches) == 1

@@ -1,0 +1,116 @@
+"""Runs old log-probs and updates of a fixed rollout under one layout after another, and writes what came out (rank 0).
+
+Between two layouts of a launch Megatron's groups are taken down and made anew over the same ranks.
+"""
+
+import json
+import sys
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+from megatron_nft import batching, objectives, policy
+from megatron_nft.config import load
+from megatron_nft.policy import exchange, optimizer
+from tests.support import made_up_groups
+
+
+def main() -> None:
+    arguments = json.loads(Path(sys.argv[1]).read_text())
+    found = {case["name"]: run(case, arguments["config"]) for case in arguments["cases"]}
+    if dist.get_rank() == 0:
+        torch.save(found, arguments["output"])
+    policy.shutdown()
+
+
+def run(case: dict, file: str) -> dict:
+    """The case's losses, gradients and, in float32, parameters; keys as in `train`."""
+    config = load(file, [f"model.path={case['model']}", *case["overrides"]])
+    topology = policy.initialize(config.parallel, config.seed)
+    with ExitStack() as stack:
+        if case.get("overlap"):  # as on a GPU
+            stack.enter_context(mock.patch.object(optimizer, "wrap", partial(optimizer.wrap, overlap=True)))
+        if case.get("padded"):  # one answer per micro-batch
+            stack.enter_context(mock.patch.object(batching, "_pack", lambda order, *_: [[answer] for answer in order]))
+        if case.get("float64"):  # Megatron's optimizer has no float64: gradients only
+            config.model.precision = "fp64"
+            stack.enter_context(mock.patch.object(optimizer, "wrap", wrap_float64))
+            stack.enter_context(mock.patch.object(optimizer, "make", lambda *_: (NoOptimizer(), mock.Mock())))
+        found = train(config, topology, made_up_groups(**case.get("groups", {})), old=not case.get("float64"))
+    parallel_state.destroy_model_parallel()
+    return found
+
+
+def train(config, topology, groups, old: bool) -> dict:
+    """old: recompute the old log-probs, which are float32; otherwise the sampler's serve."""
+    model = policy.Policy(config, topology)
+    before, gradients = tensors(model.weights()), []
+    reduce = model.module.config.finalize_model_grads_func
+
+    def reduce_and_keep(chunks, *args, **kwargs) -> None:
+        reduce(chunks, *args, **kwargs)
+        gather_shards(chunks)
+        gradients.append(tensors(model.gathered(lambda parameter: parameter.main_grad)))
+
+    model.module.config.finalize_model_grads_func = reduce_and_keep
+    answers, numbers = exchange.table(groups[topology.rank :: topology.world_size])  # as if its engine had sampled them
+    layout = topology.layout(config.train.tokens_per_micro_batch, config.train.prompts_per_update)
+    settings = config.objective
+    weights = partial(objectives.weights, settings=settings)
+    plan = batching.plan(answers, layout, weights, settings.reduction, settings.reduction_constant, settings.ratio != "token")
+    mini_batches = model.receive(groups[topology.rank :: topology.world_size], numbers, plan)
+    batches = [batch for mini in mini_batches for batch in mini]
+    found = {"before": before, "gradients": gradients, "old": model.fill_old_logprobs(batches, settings)}
+    if not old:
+        model.copy_old_logprobs(batches)
+    objective = partial(objectives.loss, settings=settings)
+    found["updates"] = [model.update(mini, objective, objectives.METRICS) for mini in mini_batches]
+    found["after"] = tensors(model.weights())
+    found["answers"] = [sum(len(batch.answers) for batch in mini) for mini in mini_batches]  # of this rank
+    return found
+
+
+def tensors(named) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in named}
+
+
+def gather_shards(chunks) -> None:
+    """The distributed optimizer leaves each rank the sum of its own shard of the gradients; here every rank gets all of them."""
+    for chunk in chunks:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            group = buffer.data_parallel_group
+            if not chunk.ddp_config.use_distributed_optimizer or dist.get_world_size(group) == 1:
+                continue
+            for bucket in buffer.buckets:
+                own = bucket.grad_data.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+
+
+class NoOptimizer:
+    """Takes gradients as they are and does nothing with them."""
+
+    param_groups = [{"lr": 0.0}]
+
+    def zero_grad(self) -> None:
+        pass
+
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss
+
+    def step(self) -> tuple[bool, float, int]:
+        return True, 0.0, 0
+
+
+def wrap_float64(module, config):
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=False, use_distributed_optimizer=False, overlap_grad_reduce=False)
+    return DistributedDataParallel(config, settings, module)
+
+
+if __name__ == "__main__":
+    main()
