@@ -18,7 +18,7 @@ def precision_of(setting: str) -> str:
 
 
 def dtype_of(setting: str) -> torch.dtype:
-    """The torch dtype of model.precision; fp64 is no setting of a run, for Megatron's optimizer has none, but gradients can be had in it."""
+    """The torch dtype of model.precision. fp64 is no setting of a run (Megatron's optimizer has none), but gradients can be had in it."""
     return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision_of(setting)]
 
 
@@ -62,9 +62,10 @@ def _check_layout(hf: dict, parallel: ParallelConfig) -> None:
 
 
 def transformer_config(hf: dict, config: Config):
-    """Megatron's TransformerConfig for a Qwen2 or Llama config."""
+    """Megatron's TransformerConfig for the config.json of a supported family."""
     from megatron.core.transformer import TransformerConfig
 
+    table = table_for(hf)
     dtype, gpu = dtype_of(config.model.precision), torch.cuda.is_available()
     recompute, chunks = config.train.recompute_granularity, topology.virtual_size(config.parallel)
     return TransformerConfig(
@@ -79,7 +80,8 @@ def transformer_config(hf: dict, config: Config):
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=table_for(hf).qkv_bias,
+        add_qkv_bias=table.qkv_bias,
+        qk_layernorm=table.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
@@ -105,6 +107,28 @@ def transformer_config(hf: dict, config: Config):
         bias_dropout_fusion=gpu,
         apply_rope_fusion=gpu and have_transformer_engine(),
         persist_layer_norm=False,
+        **_experts(hf, config.parallel),
+    )
+
+
+def _experts(hf: dict, parallel: ParallelConfig) -> dict:
+    """TransformerConfig's fields for a mixture of experts; none for a dense model."""
+    table = table_for(hf)
+    if not table.sizes.experts:
+        return {}
+    return dict(
+        num_moe_experts=table.sizes.experts,
+        moe_layer_freq=[int(table.has_experts(layer)) for layer in range(table.sizes.layers)],
+        moe_ffn_hidden_size=table.sizes.expert_ffn,
+        moe_router_topk=hf["num_experts_per_tok"],
+        # a softmax over the chosen experts is what norm_topk_prob makes of one over all of them
+        moe_router_pre_softmax=not hf.get("norm_topk_prob", False),
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=have_transformer_engine(),
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=topology.expert_tensor_size(parallel),
     )
 
 
@@ -116,16 +140,21 @@ def have_transformer_engine() -> bool:
 
 
 def block_spec(megatron, vp_stage: int | None = None):
-    """Layer spec of this pipeline stage (of its chunk vp_stage): Transformer Engine's where it is installed, otherwise Megatron's local one with our
-    RMSNorm and packed attention in place of its own (its norm refuses sequence parallelism, its attention packed input)."""
+    """Layer spec of this pipeline stage (of its chunk vp_stage): Transformer Engine's where it is installed, otherwise Megatron's local
+    one with our RMSNorm and packed attention in place of its own (its norm refuses sequence parallelism, its attention packed input)."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    spec = get_gpt_decoder_block_spec(megatron, use_transformer_engine=have_transformer_engine(), normalization="RMSNorm", vp_stage=vp_stage)
+    spec = get_gpt_decoder_block_spec(
+        megatron, use_transformer_engine=have_transformer_engine(), normalization="RMSNorm", vp_stage=vp_stage
+    )
     if not have_transformer_engine():
         spec.layer_norm = RMSNorm
         for layer in spec.layer_specs:
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-            layer.submodules.self_attention.submodules.core_attention = PackedAttention
+            attention = layer.submodules.self_attention.submodules
+            attention.core_attention = PackedAttention
+            if megatron.qk_layernorm:
+                attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec
 
 

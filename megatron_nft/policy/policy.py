@@ -16,7 +16,16 @@ from megatron_nft.objectives import MISMATCH, Inputs, correction, summarize_mism
 from megatron_nft.policy import checkpoint, context, exchange, logprobs, model, optimizer
 from megatron_nft.policy.topology import Topology, device
 from megatron_nft.trajectories import Batch, Group
-from megatron_nft.weights import HuggingFaceWeights, load_huggingface, read_json, save_huggingface, stream, table_for
+from megatron_nft.weights import (
+    HuggingFaceWeights,
+    expert_number,
+    load_huggingface,
+    read_json,
+    save_huggingface,
+    stream,
+    table_for,
+    with_expert,
+)
 
 Objective = Callable[[Inputs], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -179,7 +188,8 @@ class Policy:
 
         named = ((name, of(parameter)) for name, parameter in self._named_parameters() if not self._is_tied_copy(name))
         tp, pp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
-        return stream(named, self.table, tp, pp)
+        experts = parallel_state.get_expert_tensor_and_model_parallel_group() if self.table.sizes.experts else None
+        return stream(named, self.table, tp, pp, experts, self.topology.expert_size)
 
     def export(self, directory: Path) -> None:
         """Write, or replace, a Hugging Face directory, with the config and tokenizer files of config.model.path. Collective."""
@@ -196,7 +206,7 @@ class Policy:
         for name, parameter in self._named_parameters():
             wanted = "embedding.word_embeddings.weight" if self._is_tied_copy(name) else name
             full = self.table.to_megatron(wanted, source.get)
-            local = self.table.shard(wanted, full, self.topology.tensor_rank, self.topology.tensor_size)
+            local = self.table.shard(wanted, full, *self.topology.slice_of(expert_number(name) is not None))
             if local.shape != parameter.shape:
                 raise UserError(
                     f"{name} is {tuple(local.shape)} in {source.directory}, the config asks for {tuple(parameter.shape)}",
@@ -205,11 +215,15 @@ class Policy:
             parameter.copy_(local)
 
     def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Parameters of this stage, with global layer numbers."""
+        """Parameters of this stage, with global layer and expert numbers."""
+        first_expert = self.topology.expert_rank * self.table.sizes.experts // self.topology.expert_size
         for module in self.modules:
             offset = module.decoder.layers[0].layer_number - 1 if len(module.decoder.layers) else 0
             for name, parameter in module.named_parameters():
-                yield re.sub(r"^decoder\.layers\.(\d+)\.", lambda m, by=offset: f"decoder.layers.{int(m[1]) + by}.", name), parameter
+                name = re.sub(r"^decoder\.layers\.(\d+)\.", lambda m, by=offset: f"decoder.layers.{int(m[1]) + by}.", name)
+                if (expert := expert_number(name)) is not None:
+                    name = with_expert(name, first_expert + expert)
+                yield name, parameter
 
     def _is_tied_copy(self, name: str) -> bool:
         """The last pipeline stage's own copy of a tied embedding."""

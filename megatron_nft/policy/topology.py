@@ -58,6 +58,10 @@ class Topology:
         """Slots of a sequence in a micro-batch divide by this: each context-parallel rank takes two slices of it."""
         return 2 * self.context_size if self.context_size > 1 else 1
 
+    def slice_of(self, expert: bool) -> tuple[int, int]:
+        """This rank's number, and the count, of the slices a weight is cut into: an expert's, or any other."""
+        return (self.expert_tensor_rank, self.expert_tensor_size) if expert else (self.tensor_rank, self.tensor_size)
+
     def layout(self, tokens_per_micro_batch: int, prompts_per_update: int) -> Layout:
         """How batching lays out a mini-batch for these ranks."""
         multiple = self.pipeline_size if self.virtual_size > 1 else 1  # what Megatron's interleaved schedule asks for
