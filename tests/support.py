@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -58,6 +59,18 @@ _FAMILY = {
         "mlp_only_layers": [1],
     },
 }
+
+
+def as_in_files(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """A transformers model's tensors as they stand in files: in memory it keeps all experts of a layer in one."""
+    for name, tensor in named:
+        if ".mlp.experts." not in name:
+            yield name, tensor
+            continue
+        path, kind = name.rsplit(".", 1)
+        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+        for expert, whole in enumerate(tensor):
+            yield from zip((f"{path}.{expert}.{part}.weight" for part in parts), whole.chunk(len(parts)), strict=True)
 
 
 def load_example(file: str):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from megatron_nft.config import Config, ParallelConfig
 from megatron_nft.errors import UserError
 from megatron_nft.policy import topology
+from megatron_nft.policy.checks import check_layout
 from megatron_nft.policy.layers import PackedAttention, RMSNorm
 from megatron_nft.weights import load_huggingface, padded_vocab_size, table_for
 
@@ -31,7 +32,8 @@ def check(config: Config, window: int) -> None:
     for key in ("rms_norm_eps", "max_position_embeddings"):
         if hf.get(key) is None:
             raise UserError(f"config.json in {config.model.path} has no {key}", "take the model's complete config.json")
-    _check_layout(hf, config.parallel)
+    check_layout(hf, config)
+    _check_kind(hf)
     topology.check(config.parallel, topology.world_size())
     if window > hf["max_position_embeddings"]:
         raise UserError(
@@ -42,17 +44,8 @@ def check(config: Config, window: int) -> None:
     rope_settings(hf)
 
 
-def _check_layout(hf: dict, parallel: ParallelConfig) -> None:
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    for name, size, by, setting in (
-        ("attention heads", hf["num_attention_heads"], tp, "tensor_model_parallel_size"),
-        ("key-value heads", hf.get("num_key_value_heads") or hf["num_attention_heads"], tp, "tensor_model_parallel_size"),
-        ("intermediate size", hf["intermediate_size"], tp, "tensor_model_parallel_size"),
-        ("layers", hf["num_hidden_layers"], pp, "pipeline_model_parallel_size"),
-    ):
-        if size % by:
-            divisors = [d for d in range(1, size + 1) if size % d == 0 and d <= 64]
-            raise UserError(f"{name} ({size}) cannot be divided by parallel.{setting} ({by})", f"use one of {divisors}")
+def _check_kind(hf: dict) -> None:
+    """Raise UserError for what the supported families' configs allow and no layer here computes."""
     if hf.get("use_sliding_window"):
         raise UserError("the model uses sliding-window attention", "choose a model with full attention, or set use_sliding_window to false")
     if hf.get("attention_bias") or hf.get("mlp_bias"):

@@ -3,6 +3,7 @@
 Between two layouts of a launch Megatron's groups are taken down and made anew over the same ranks.
 """
 
+import dataclasses
 import json
 import sys
 from contextlib import ExitStack
@@ -67,13 +68,29 @@ def train(config, topology, groups, old: bool) -> dict:
     mini_batches = model.receive(groups[topology.rank :: topology.world_size], numbers, plan)
     batches = [batch for mini in mini_batches for batch in mini]
     found = {"before": before, "gradients": gradients, "old": model.fill_old_logprobs(batches, settings)}
+    found["logprobs"] = {number: values for batch in batches for number, values in old_logprobs(batch)}
     if not old:
         model.copy_old_logprobs(batches)
-    objective = partial(objectives.loss, settings=settings)
+    objective = partial(loss, settings=settings)
     found["updates"] = [model.update(mini, objective, objectives.METRICS) for mini in mini_batches]
     found["after"] = tensors(model.weights())
-    found["answers"] = [sum(len(batch.answers) for batch in mini) for mini in mini_batches]  # of this rank
+    answers_here = [sum(len(batch.answers) for batch in mini) for mini in mini_batches]
+    found["answers"] = [None] * topology.world_size
+    dist.all_gather_object(found["answers"], answers_here)
     return found
+
+
+def loss(inputs, settings):
+    """The objective, with every float of the batch in the precision of the log-probs."""
+    fields = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
+    return objectives.loss(
+        type(inputs)(**{n: t.to(inputs.logprobs.dtype) if t.is_floating_point() else t for n, t in fields.items()}), settings
+    )
+
+
+def old_logprobs(batch) -> list[tuple[int, torch.Tensor]]:
+    """Of each answer of the micro-batch, by its number."""
+    return [(number, batch.old_logprobs[(batch.answer_index == i) & (batch.loss_mask == 1)]) for i, number in enumerate(batch.answers)]
 
 
 def tensors(named) -> dict[str, torch.Tensor]:

@@ -103,6 +103,33 @@ def test_pack_lays_answers_end_to_end():
     assert batch.answer_index.tolist() == [0] * 5 + [1] * 5 + [2] * 6
 
 
+def test_every_answer_takes_a_multiple_of_slots():
+    """So that context-parallel ranks can share it out; what is behind an answer is padding and belongs to its sequence."""
+    answers = {
+        0: TrainingAnswer([1, 2], [3, 4, 5], [-0.1, -0.2, -0.3], [1, 1, 1], 1.0),
+        1: TrainingAnswer([6, 7], [8, 9], [-0.4, -0.5], [1, 1], 0.0),
+    }
+    batch = pack([0, 1], answers, make_plan(made_answers(*np.array([[2, 2], [3, 2], [3, 2], [1, 0]]), n=2), prompts=1), 16, 4)
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 0, 0, 0, 6, 7, 8, 9, 0, 0, 0, 0]
+    assert batch.cu_seqlens.tolist() == [0, 8, 12, 16]
+    assert batch.positions.tolist() == [*range(8), *range(4), *range(4)]
+    assert batch.loss_mask.tolist() == [0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0]
+    assert batch.answer_index.tolist() == [0] * 5 + [2] * 3 + [1] * 4 + [2] * 4
+
+
+def test_slots_and_micro_batches_are_rounded_up():
+    answers = make_answers()
+    layout = Layout(2, 64, 2, sequence_multiple=8, micro_batch_multiple=4)
+    made = plan(answers, layout, lambda verdicts, _: verdicts, "constant", 1.0)
+    for mini in made.mini_batches:
+        assert len({len(batches) for batches in mini.micro_batches}) == 1 and len(mini.micro_batches[0]) % 4 == 0
+        for batch in (batch for batches in mini.micro_batches for batch in batches):
+            assert sum(-(-answers.lengths[a] // 8) * 8 for a in batch) <= 64
+    with pytest.raises(UserError, match="59 tokens long, train.tokens_per_micro_batch is 60"):
+        longest = made_answers(*np.array([[20], [39], [39], [1]]), n=1)
+        plan(longest, Layout(1, 60, 1, sequence_multiple=8), lambda verdicts, _: verdicts, "constant", 1.0)
+
+
 def test_pack_of_nothing_is_all_padding():
     batch = pack([], {}, make_plan(make_answers()), tokens=8)
     assert batch.loss_mask.sum() == 0 and batch.cu_seqlens.tolist() == [0, 8]
