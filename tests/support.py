@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ VOCAB = 101  # divisible by nothing, so that tensor parallelism has to pad it
 
 def tiny_model(directory: Path, family: str = "qwen2", tie: bool = True, dtype=torch.float32, seed: int = 0, **changes) -> Path:
     """A random model of 4 layers as a Hugging Face directory, without tokenizer; weights large enough to have sharp opinions."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    import transformers
 
     settings = {
         "vocab_size": VOCAB,
@@ -35,14 +36,41 @@ def tiny_model(directory: Path, family: str = "qwen2", tie: bool = True, dtype=t
         **changes,
     }
     torch.manual_seed(seed)
-    config, model = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[family]
-    made = model(config(**settings)).to(dtype)
+    name = {"qwen2": "Qwen2", "llama": "Llama", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}[family]
+    config = getattr(transformers, f"{name}Config")(**_FAMILY.get(family, {}), **settings)
+    made = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype)
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.ndim == 1:  # norms are made 1 and biases 0: an error in their place would not show
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     made.save_pretrained(directory)
     return directory
+
+
+# a head is not hidden / heads; three of the four layers have experts
+_FAMILY = {
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+}
+
+
+def as_in_files(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """A transformers model's tensors as they stand in files: in memory it keeps all experts of a layer in one."""
+    for name, tensor in named:
+        if ".mlp.experts." not in name:
+            yield name, tensor
+            continue
+        path, kind = name.rsplit(".", 1)
+        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+        for expert, whole in enumerate(tensor):
+            yield from zip((f"{path}.{expert}.{part}.weight" for part in parts), whole.chunk(len(parts)), strict=True)
 
 
 def load_example(file: str):

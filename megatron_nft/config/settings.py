@@ -20,9 +20,14 @@ class ModelConfig:
 class ParallelConfig:
     """Megatron-Core's layout; the rest of the world size is data parallel."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    sequence_parallel: bool = False
+    tensor_model_parallel_size: int = 1  # every layer's weights cut over so many ranks
+    pipeline_model_parallel_size: int = 1  # stages of consecutive layers; layers must divide by it
+    sequence_parallel: bool = False  # with tensor parallelism: norms and residuals cut over its ranks, too; mixtures of experts need it
+    # interleaved pipeline: chunks of layers a stage holds; micro-batches of an update are filled up to a multiple of the stages
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1  # ranks that share each sequence, for long ones; it is padded to a multiple of twice this
+    expert_model_parallel_size: int = 1  # mixtures of experts: ranks the experts are dealt to
+    expert_tensor_parallel_size: int | None = None  # ranks each expert is cut over; default: tensor_model_parallel_size
 
 
 @dataclass

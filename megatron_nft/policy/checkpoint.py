@@ -67,7 +67,8 @@ def load(directory: Path, policy) -> dict:
         wanted.pop("rng", None)
     with _damage_reported(directory):
         loaded = _read(wanted, directory)
-    policy.module.load_state_dict(loaded["model"], strict=True)
+    for key, module in _modules(policy).items():
+        module.load_state_dict(loaded[key], strict=True)
     if _trainable(policy):
         optimizer.load(policy.optimizer, loaded["optimizer"])
         policy.scheduler.load_state_dict(loaded["scheduler"])
@@ -171,12 +172,18 @@ def _trainable(policy) -> bool:
 
 def _layout(policy) -> dict:
     t = policy.topology
-    return {"tensor": t.tensor_size, "pipeline": t.pipeline_size, "data": t.data_size}
+    layout = {"tensor": t.tensor_size, "pipeline": t.pipeline_size, "data": t.data_size, "context": t.context_size}
+    return layout | {"virtual_pipeline": t.virtual_size, "expert": t.expert_size, "expert_tensor": t.expert_tensor_size}
+
+
+def _modules(policy) -> dict:
+    """The model's chunks by their keys in the state; in the files a tensor's name tells its layer, whatever the chunks."""
+    return {f"model{i}" if len(policy.modules) > 1 else "model": module for i, module in enumerate(policy.modules)}
 
 
 def _sharded_state(policy, loading: bool) -> dict:
-    model = policy.module.sharded_state_dict(metadata=METADATA)
-    state = {"model": model}
+    model = {key: module.sharded_state_dict(metadata=METADATA) for key, module in _modules(policy).items()}
+    state = dict(model)
     if _trainable(policy):
         state["rng"] = _rng_object(policy.topology)
         state["optimizer"] = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=METADATA)

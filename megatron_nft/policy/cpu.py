@@ -5,6 +5,9 @@ handful of torch.cuda functions. Nothing else in the code paths used here needs 
 redirects. It is applied once, before the first Megatron object is made, and only where torch sees no CUDA device.
 """
 
+from contextlib import nullcontext
+from functools import partial
+
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -41,10 +44,12 @@ def adapt() -> None:
     torch.cuda.set_device = lambda device: None
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.current_stream = lambda device=None: _Stream()
+    torch.cuda.stream = lambda stream: nullcontext()
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     _redirect_megatron()
+    _redirect_experts()
     _mode = _CudaMeansCpu()
     _mode.__enter__()
 
@@ -61,6 +66,10 @@ class _Stream:
     def wait_event(self, event) -> None:
         pass
 
+    def record_event(self, event=None) -> "_Stream":
+        """An event is done when it is recorded."""
+        return self
+
 
 def _redirect_megatron() -> None:
     """Point Megatron's RNG helpers at the CPU generator and its optimizer at an Adam whose step lives in the param group."""
@@ -74,3 +83,19 @@ def _redirect_megatron() -> None:
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.Adam = Adam
     distrib_optimizer.HAVE_APEX_OR_TE = True
+
+
+def _redirect_experts() -> None:
+    """Let the token dispatcher do without streams, and the router without a matrix product of Transformer Engine's."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _Stream()
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 asks whether it is None, having defined it only where it is not
+        moe_utils.te_general_gemm = None
+    torch.distributed.all_to_all_single = partial(_all_to_all_single, torch.distributed.all_to_all_single)
+
+
+def _all_to_all_single(original, output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
+    """gloo takes lists of split sizes; without a GPU to fetch them from, Megatron leaves them tensors."""
+    sizes = (split.tolist() if torch.is_tensor(split) else split for split in (output_split_sizes, input_split_sizes))
+    return original(output, input, *sizes, **kwargs)

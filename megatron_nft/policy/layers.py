@@ -1,6 +1,8 @@
 """The two layer modules that Megatron-Core's local layer spec lacks: a norm that knows sequence parallelism, and attention
 over packed sequences. Both run on CPU and on a GPU without Transformer Engine."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -38,23 +40,39 @@ class PackedAttention(torch.nn.Module):
         self.scale = softmax_scale  # None: 1 / sqrt(head dimension)
 
     def forward(self, query, key, value, attention_mask, *, packed_seq_params, **unused) -> torch.Tensor:
-        """query [tokens, heads, d], key and value [tokens, kv heads, d] -> [tokens, heads * d]."""
+        """query [tokens / cp, heads, d], key and value [tokens / cp, kv heads, d] -> [tokens / cp, heads * d].
+
+        Under context parallelism every rank gathers the keys and values of all of them and attends with its own queries.
+        """
+        if packed_seq_params.places.size > 1:
+            key, value = packed_seq_params.places.gather(torch.stack([key, value], 1), shared=True).unbind(1)  # [tokens, kv heads, d]
         out, rectangles = torch.zeros_like(query), _rectangles(packed_seq_params)
         if not rectangles:  # nothing but padding: zeros that autograd can walk through, for DDP waits for every parameter's gradient
             out = 0.0 * (query + key.sum() + value.sum())
-        for index, real in rectangles:
-            q, k, v = (t[index].transpose(1, 2) for t in (query, key, value))  # [rows, heads, length, d]
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
-            out = out.index_put((index[real],), attended.transpose(1, 2)[real])
+        for block in rectangles:
+            q, k, v = (t[i].transpose(1, 2) for t, i in ((query, block.queries), (key, block.keys), (value, block.keys)))
+            attended = F.scaled_dot_product_attention(
+                q, k, v, block.mask, is_causal=block.mask is None, scale=self.scale, enable_gqa=True
+            )  # [rows, heads, length, d]
+            out = out.index_put((block.queries[block.real],), attended.transpose(1, 2)[block.real])
         return out.flatten(1)
 
 
-def _rectangles(packed_seq_params) -> list[tuple[torch.Tensor, torch.Tensor]]:
+@dataclass(frozen=True)
+class _Rectangle:
+    """Sequences of similar length as right-padded rows."""
+
+    queries: torch.Tensor  # int64 [rows, longest / cp]: among this rank's tokens
+    real: torch.Tensor  # bool [rows, longest / cp]: which of them are no padding of a row
+    keys: torch.Tensor  # int64 [rows, longest]: among all tokens
+    mask: torch.Tensor | None  # bool [rows, 1, longest / cp, longest], true where a query sees a key; None: plainly causal
+
+
+def _rectangles(packed_seq_params) -> list[_Rectangle]:
     """The blocks of a micro-batch, worked out in the first layer and kept with its PackedSeqParams for the others."""
     if not hasattr(packed_seq_params, "rectangles"):
-        cu_seqlens = packed_seq_params.cu_seqlens_q
-        starts, lengths = _spans(cu_seqlens[:-1])
-        packed_seq_params.rectangles = [_rectangle(starts[b], lengths[b], cu_seqlens.device) for b in _blocks(lengths)]
+        starts, lengths = _spans(packed_seq_params.cu_seqlens_q[:-1])
+        packed_seq_params.rectangles = [_rectangle(starts[b], lengths[b], packed_seq_params) for b in _blocks(lengths)]
     return packed_seq_params.rectangles
 
 
@@ -77,9 +95,21 @@ def _blocks(lengths: torch.Tensor) -> list[slice]:
     return blocks
 
 
-def _rectangle(starts: torch.Tensor, lengths: torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token numbers [rows, longest] of the right-padded rows, and which of them are real."""
+def _rectangle(starts: torch.Tensor, lengths: torch.Tensor, packed_seq_params) -> _Rectangle:
+    places, device = packed_seq_params.places, packed_seq_params.cu_seqlens_q.device
+    keys, real, offsets = _rows(starts, lengths)
+    if places.size == 1:
+        return _Rectangle(keys.to(device), real.to(device), keys.to(device), None)
+    queries, real, own = _rows(starts // places.size, lengths // places.size)
+    width = lengths[:, None] // (2 * places.size)  # of a slice: this rank holds numbers rank and 2 x size - 1 - rank
+    positions = torch.where(own < width, places.rank * width + own, (2 * places.size - 2 - places.rank) * width + own)
+    positions = torch.where(real, positions, 0)  # a padded query sees something, for a softmax over nothing is no number
+    mask = offsets <= positions[:, None, :, None]
+    return _Rectangle(*(t.to(device) for t in (queries, real, keys, mask)))
+
+
+def _rows(starts: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token numbers [rows, longest] of right-padded rows, which of them are real, and the offsets [longest]."""
     offsets = torch.arange(int(lengths.max()))
     real = offsets < lengths[:, None]
-    index = torch.where(real, starts[:, None] + offsets, starts[:, None])
-    return index.to(device), real.to(device)
+    return torch.where(real, starts[:, None] + offsets, starts[:, None]), real, offsets

@@ -1,6 +1,7 @@
 """What the last pipeline stage makes of its hidden states: pi_old's log-probs, or the loss of a micro-batch and its metrics.
 
-Only the sampled tokens that count are looked at; tensors named `counted` hold their positions [counted] among a batch's [tokens].
+Only the sampled tokens that count are looked at; `counted` holds where those are. Under context parallelism a rank has the hidden states
+of its own slots (context.Places). Metrics returned are this rank's share: summed over the context-parallel ranks they are the whole.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import torch
 
 from megatron_nft.config import ObjectiveConfig
 from megatron_nft.objectives import Inputs, measure
+from megatron_nft.policy.context import Places
 from megatron_nft.policy.logprobs import Head, fused_loss, logprobs
 from megatron_nft.trajectories import Batch
 
@@ -16,31 +18,43 @@ Objective = Callable[[Inputs], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 _FIELDS = ("old_logprobs", "verdict", "correct_rate", "weight", "scale", "correction", "answer_index")
 
 
-def fill_old_logprobs(hidden: torch.Tensor, head: Head, batch: Batch, settings: ObjectiveConfig) -> dict[str, torch.Tensor]:
+def fill_old_logprobs(hidden: torch.Tensor, head: Head, batch: Batch, places: Places, settings: ObjectiveConfig) -> dict[str, torch.Tensor]:
     """Set batch.old_logprobs to this model's log-probs and batch.correction to what follows from them. Returns the sums MEASURED.
 
-    hidden [tokens, hidden], the same on every tensor-parallel rank.
+    hidden [tokens / cp, hidden], the same on every tensor-parallel rank.
     """
-    counted = _counted(batch)
-    values, entropies = logprobs(hidden[counted], head, batch.targets[counted], with_entropy=True)
+    counted, values, entropies = _whole(hidden, head, batch, places, with_entropy=True)
     given = (batch.sampler_logprobs[counted], batch.loss_mask[counted], batch.answer_index[counted])
     factor, sums = measure(values, entropies, *given, settings)
     batch.old_logprobs = values.new_zeros(len(batch.tokens)).index_put((counted,), values)
     batch.correction = factor.new_ones(len(batch.tokens)).index_put((counted,), factor)
-    return sums
+    return _share(sums, places)
 
 
 def loss(
-    hidden: torch.Tensor, head: Head, batch: Batch, objective: Objective, settings: ObjectiveConfig, measured: bool, own: bool
+    hidden: torch.Tensor,
+    head: Head,
+    batch: Batch,
+    places: Places,
+    objective: Objective,
+    settings: ObjectiveConfig,
+    measured: bool,
+    own: bool,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of a micro-batch, and its metrics: `loss`, the objective's, and with `measured` MEASURED.
 
     own: the policy is still pi_old, so that the log-probs found here are pi_old's (R = 1), and the correction is made from them.
-    Settings that decide by the answer need all its log-probs at once, and so the recomputing form of logprobs.py.
+    Settings that decide by the answer need all its log-probs at once, and so the recomputing form of logprobs.py; a loss by the token is
+    made of each rank's own slots alone.
     """
-    counted = _counted(batch)
+    by_token = settings.ratio == "token" and (not measured or settings.correction.level == "token")
+    if by_token:
+        here = _counted(batch.loss_mask[places.own])
+        counted = places.own[here]
+    else:
+        counted, values, entropies = _whole(hidden, head, batch, places, with_entropy=measured)
     fields = {name: getattr(batch, name)[counted] for name in _FIELDS}
-    mask, sampler, targets = batch.loss_mask[counted], batch.sampler_logprobs[counted], batch.targets[counted]
+    mask, sampler = batch.loss_mask[counted], batch.sampler_logprobs[counted]
 
     def loss_of(values: torch.Tensor, entropies: torch.Tensor | None, part: slice):
         given, sums = {name: field[part] for name, field in fields.items()}, {}
@@ -51,13 +65,33 @@ def loss(
         total, metrics = objective(Inputs(logprobs=values, mask=mask[part], **given))
         return total, {"loss": total.detach(), **metrics, **sums}
 
-    if settings.ratio == "token" and (not measured or settings.correction.level == "token"):
-        return fused_loss(hidden[counted], head, targets, loss_of, with_entropy=measured)
-    values, entropies = logprobs(hidden[counted], head, targets, with_entropy=measured)
-    return loss_of(values, entropies, slice(None))
+    if by_token:
+        return fused_loss(hidden[here], head, batch.targets[counted], loss_of, with_entropy=measured)
+    total, metrics = loss_of(values, entropies, slice(None))
+    return total, _share(metrics, places)
 
 
-def _counted(batch: Batch) -> torch.Tensor:
-    """Where the mask is 1. In a batch of padding alone one masked token stands for all: it adds 0 to every sum."""
-    counted = batch.loss_mask.nonzero()[:, 0]
+def _whole(
+    hidden: torch.Tensor, head: Head, batch: Batch, places: Places, with_entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Of the whole micro-batch, on every context-parallel rank: where the tokens are that count [counted], their log-probs and entropies.
+    The gradient is of this rank's own slots."""
+    here = _counted(batch.loss_mask[places.own])
+    values, entropies = logprobs(hidden[here], head, batch.targets[places.own[here]], with_entropy)
+    counted = _counted(batch.loss_mask)
+
+    def of_all(found: torch.Tensor) -> torch.Tensor:
+        return places.gather(found.new_zeros(len(places.own)).index_put((here,), found))[counted]
+
+    return counted, of_all(values), None if entropies is None else of_all(entropies)
+
+
+def _share(metrics: dict[str, torch.Tensor], places: Places) -> dict[str, torch.Tensor]:
+    """Sums that every context-parallel rank has in full, as the share of one of them."""
+    return {name: value if places.rank == 0 or name.endswith("_max") else torch.zeros_like(value) for name, value in metrics.items()}
+
+
+def _counted(mask: torch.Tensor) -> torch.Tensor:
+    """Where the mask is 1. In slots of padding alone one masked token stands for all: it adds 0 to every sum."""
+    counted = mask.nonzero()[:, 0]
     return counted if len(counted) else counted.new_zeros(1)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from megatron_nft.config import Config, ParallelConfig
 from megatron_nft.errors import UserError
 from megatron_nft.policy import topology
+from megatron_nft.policy.checks import check_layout
 from megatron_nft.policy.layers import PackedAttention, RMSNorm
 from megatron_nft.weights import load_huggingface, padded_vocab_size, table_for
 
@@ -18,8 +19,8 @@ def precision_of(setting: str) -> str:
 
 
 def dtype_of(setting: str) -> torch.dtype:
-    """The torch dtype of model.precision."""
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision_of(setting)]
+    """The torch dtype of model.precision. fp64 is no setting of a run (Megatron's optimizer has none), but gradients can be had in it."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision_of(setting)]
 
 
 def check(config: Config, window: int) -> None:
@@ -31,7 +32,8 @@ def check(config: Config, window: int) -> None:
     for key in ("rms_norm_eps", "max_position_embeddings"):
         if hf.get(key) is None:
             raise UserError(f"config.json in {config.model.path} has no {key}", "take the model's complete config.json")
-    _check_layout(hf, config.parallel)
+    check_layout(hf, config)
+    _check_kind(hf)
     topology.check(config.parallel, topology.world_size())
     if window > hf["max_position_embeddings"]:
         raise UserError(
@@ -42,17 +44,8 @@ def check(config: Config, window: int) -> None:
     rope_settings(hf)
 
 
-def _check_layout(hf: dict, parallel: ParallelConfig) -> None:
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    for name, size, by, setting in (
-        ("attention heads", hf["num_attention_heads"], tp, "tensor_model_parallel_size"),
-        ("key-value heads", hf.get("num_key_value_heads") or hf["num_attention_heads"], tp, "tensor_model_parallel_size"),
-        ("intermediate size", hf["intermediate_size"], tp, "tensor_model_parallel_size"),
-        ("layers", hf["num_hidden_layers"], pp, "pipeline_model_parallel_size"),
-    ):
-        if size % by:
-            divisors = [d for d in range(1, size + 1) if size % d == 0 and d <= 64]
-            raise UserError(f"{name} ({size}) cannot be divided by parallel.{setting} ({by})", f"use one of {divisors}")
+def _check_kind(hf: dict) -> None:
+    """Raise UserError for what the supported families' configs allow and no layer here computes."""
     if hf.get("use_sliding_window"):
         raise UserError("the model uses sliding-window attention", "choose a model with full attention, or set use_sliding_window to false")
     if hf.get("attention_bias") or hf.get("mlp_bias"):
@@ -62,11 +55,12 @@ def _check_layout(hf: dict, parallel: ParallelConfig) -> None:
 
 
 def transformer_config(hf: dict, config: Config):
-    """Megatron's TransformerConfig for a Qwen2 or Llama config."""
+    """Megatron's TransformerConfig for the config.json of a supported family."""
     from megatron.core.transformer import TransformerConfig
 
+    table = table_for(hf)
     dtype, gpu = dtype_of(config.model.precision), torch.cuda.is_available()
-    recompute = config.train.recompute_granularity
+    recompute, chunks = config.train.recompute_granularity, topology.virtual_size(config.parallel)
     return TransformerConfig(
         num_layers=hf["num_hidden_layers"],
         hidden_size=hf["hidden_size"],
@@ -79,11 +73,17 @@ def transformer_config(hf: dict, config: Config):
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=table_for(hf).qkv_bias,
+        add_qkv_bias=table.qkv_bias,
+        qk_layernorm=table.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks,
+        # interleaved over two stages, a rank is its neighbour's neighbour on both sides: in one batch the messages would be mixed up
+        overlap_p2p_comm=chunks is not None,
+        batch_p2p_comm=chunks is None,
+        context_parallel_size=config.parallel.context_parallel_size,
         sequence_parallel=config.parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -100,6 +100,28 @@ def transformer_config(hf: dict, config: Config):
         bias_dropout_fusion=gpu,
         apply_rope_fusion=gpu and have_transformer_engine(),
         persist_layer_norm=False,
+        **_experts(hf, config.parallel),
+    )
+
+
+def _experts(hf: dict, parallel: ParallelConfig) -> dict:
+    """TransformerConfig's fields for a mixture of experts; none for a dense model."""
+    table = table_for(hf)
+    if not table.sizes.experts:
+        return {}
+    return dict(
+        num_moe_experts=table.sizes.experts,
+        moe_layer_freq=[int(table.has_experts(layer)) for layer in range(table.sizes.layers)],
+        moe_ffn_hidden_size=table.sizes.expert_ffn,
+        moe_router_topk=hf["num_experts_per_tok"],
+        # a softmax over the chosen experts is what norm_topk_prob makes of one over all of them
+        moe_router_pre_softmax=not hf.get("norm_topk_prob", False),
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=have_transformer_engine(),
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=topology.expert_tensor_size(parallel),
     )
 
 
@@ -110,17 +132,22 @@ def have_transformer_engine() -> bool:
     return gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
 
 
-def block_spec(megatron):
-    """Layer spec of this pipeline stage: Transformer Engine's where it is installed, otherwise Megatron's local one with our
-    RMSNorm and packed attention in place of its own (its norm refuses sequence parallelism, its attention packed input)."""
+def block_spec(megatron, vp_stage: int | None = None):
+    """Layer spec of this pipeline stage (of its chunk vp_stage): Transformer Engine's where it is installed, otherwise Megatron's local
+    one with our RMSNorm and packed attention in place of its own (its norm refuses sequence parallelism, its attention packed input)."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    spec = get_gpt_decoder_block_spec(megatron, use_transformer_engine=have_transformer_engine(), normalization="RMSNorm")
+    spec = get_gpt_decoder_block_spec(
+        megatron, use_transformer_engine=have_transformer_engine(), normalization="RMSNorm", vp_stage=vp_stage
+    )
     if not have_transformer_engine():
         spec.layer_norm = RMSNorm
         for layer in spec.layer_specs:
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-            layer.submodules.self_attention.submodules.core_attention = PackedAttention
+            attention = layer.submodules.self_attention.submodules
+            attention.core_attention = PackedAttention
+            if megatron.qk_layernorm:
+                attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec
 
 
@@ -132,22 +159,31 @@ def kernels() -> str:
     return f"Megatron-Core local layers on {where}, torch scaled_dot_product_attention over packed sequences, torch AdamW"
 
 
-def build(hf: dict, config: Config, pre_process: bool, post_process: bool):
-    """This rank's GPTModel, weights not yet loaded. Its output is the last hidden state [1, tokens (/tp), hidden], not logits."""
+def build(hf: dict, config: Config) -> list:
+    """This rank's GPTModels, weights not yet loaded: one, or its chunks of an interleaved pipeline. They share one TransformerConfig.
+
+    The output of the last is the last hidden state [1, tokens (/cp /tp), hidden], not logits.
+    """
+    megatron, chunks = transformer_config(hf, config), topology.virtual_size(config.parallel)
+    return [_chunk(hf, config, megatron, vp_stage) for vp_stage in ([None] if chunks is None else range(chunks))]
+
+
+def _chunk(hf: dict, config: Config, megatron, vp_stage: int | None):
+    from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
-    megatron = transformer_config(hf, config)
-    rope = rope_settings(hf)
+    post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     model = GPTModel(
         config=megatron,
-        transformer_layer_spec=block_spec(megatron),
+        transformer_layer_spec=block_spec(megatron, vp_stage),
         vocab_size=padded_vocab_size(hf["vocab_size"], config.parallel.tensor_model_parallel_size),
         max_sequence_length=hf["max_position_embeddings"],
-        pre_process=pre_process,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=post_process,
         share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings")),
         position_embedding_type="rope",
-        **rope,
+        vp_stage=vp_stage,
+        **rope_settings(hf),
     )
     _mark_tensor_parallel(model)
     if post_process:

@@ -24,13 +24,13 @@ def wrap(model, megatron_config, overlap: bool | None = None):
     return DistributedDataParallel(megatron_config, ddp, model)
 
 
-def make(ddp_model, settings: OptimizerConfig):
-    """(optimizer, scheduler). Weight decay applies to every parameter, as in the published runs."""
+def make(chunks: list, settings: OptimizerConfig):
+    """(optimizer, scheduler) of the model's DDP chunks. Weight decay applies to every parameter, as in the published runs."""
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    dtype = ddp_model.config.params_dtype
+    dtype = chunks[0].config.params_dtype
     config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -44,7 +44,7 @@ def make(ddp_model, settings: OptimizerConfig):
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    optimizer = get_megatron_optimizer(config, [ddp_model], config_overrides={})
+    optimizer = get_megatron_optimizer(config, chunks, config_overrides={})
     for one in optimizer.chained_optimizers:  # moments from the start: a run may have to be saved before its first update
         one.init_state_fn(one.optimizer, config)
         for group in one.optimizer.param_groups:

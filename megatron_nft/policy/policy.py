@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -15,12 +15,21 @@ from megatron_nft.batching import Layout, Plan, TrainingAnswer, join, pack, spli
 from megatron_nft.config import Config, ObjectiveConfig
 from megatron_nft.errors import UserError
 from megatron_nft.objectives import MEASURED
-from megatron_nft.policy import checkpoint, exchange, flops, losses, model, optimizer
+from megatron_nft.policy import checkpoint, context, exchange, flops, losses, model, optimizer
 from megatron_nft.policy.logprobs import Head
 from megatron_nft.policy.losses import Objective
 from megatron_nft.policy.topology import Topology, device
 from megatron_nft.trajectories import Batch, Group
-from megatron_nft.weights import HuggingFaceWeights, load_huggingface, read_json, save_huggingface, stream, table_for
+from megatron_nft.weights import (
+    HuggingFaceWeights,
+    expert_number,
+    load_huggingface,
+    read_json,
+    save_huggingface,
+    stream,
+    table_for,
+    with_expert,
+)
 
 # Lengths of micro-batches are multiples of this: what kernels like, FP8 ones ask for (16, and 128 for blocks), and few enough of them
 # that the allocator finds its blocks again.
@@ -38,17 +47,22 @@ class Policy:
         source = load_huggingface(config.model.path) if weights else None
         self.hf = source.config if source else read_json(Path(config.model.path) / "config.json")
         self.table = table_for(self.hf)
-        first, last = topology.pipeline_rank == 0, topology.is_last_stage
-        self.module = model.build(self.hf, config, pre_process=first, post_process=last)
+        self.modules = model.build(self.hf, config)  # one GPTModel, or the chunks of an interleaved pipeline
         if source:
             self._fill(source)
-        self.chunk = self.module
+        self.chunks = self.modules
         if trainable:
-            self.chunk = optimizer.wrap(self.module, self.module.config)
-            self.optimizer, self.scheduler = optimizer.make(self.chunk, config.optimizer)
-            self.module.config.grad_scale_func = self.optimizer.scale_loss
-            self.module.config.finalize_model_grads_func = _sum_gradients
-            self.module.config.no_sync_func = self.chunk.no_sync  # only the last micro-batch of an update starts the reduction
+            self.chunks = [optimizer.wrap(module, module.config) for module in self.modules]
+            self.optimizer, self.scheduler = optimizer.make(self.chunks, config.optimizer)
+            settings, waits = self.module.config, [chunk.no_sync for chunk in self.chunks]
+            settings.grad_scale_func = self.optimizer.scale_loss
+            settings.finalize_model_grads_func = _sum_gradients
+            settings.no_sync_func = waits if len(waits) > 1 else waits[0]  # only the last micro-batch of an update starts the reduction
+
+    @property
+    def module(self):
+        """The last chunk, which on the last pipeline stage has the head."""
+        return self.modules[-1]
 
     # ---- batches
 
@@ -59,7 +73,9 @@ class Policy:
             tokens_per_micro_batch=self.config.train.tokens_per_micro_batch,
             prompts_per_update=prompts_per_update,
             attention_cost=flops.attention_cost(self.hf),
-            length_multiple=math.lcm(LENGTH_MULTIPLE, self.topology.tensor_size),
+            length_multiple=math.lcm(LENGTH_MULTIPLE, self.topology.tensor_size * self.topology.sequence_multiple),
+            count_multiple=self.topology.micro_batch_multiple,
+            sequence_multiple=self.topology.sequence_multiple,
         )
 
     def receive(self, groups: list[Group], numbers: list[int], plan: Plan) -> list[list[Batch]]:
@@ -82,7 +98,7 @@ class Policy:
         """
 
         def collect(output, batch: Batch):
-            sums = losses.fill_old_logprobs(self._hidden(output), self._head(), batch, settings)
+            sums = losses.fill_old_logprobs(self._hidden(output), self._head(), batch, _places(batch), settings)
             return torch.zeros((), device=output.device), torch.zeros((), dtype=torch.int), sums
 
         parts = self._joinable(batches)
@@ -96,9 +112,11 @@ class Policy:
 
     def _joinable(self, batches: list[Batch]) -> list[list[Batch]]:
         """Runs of micro-batches of one length, each as many as train.logprob_tokens_per_micro_batch has room for."""
-        parts = []
+        parts, tokens = [], self.config.train.logprob_tokens_per_micro_batch or 0
         for length, same in groupby(batches, key=lambda b: len(b.tokens)):
-            run, count = list(same), max((self.config.train.logprob_tokens_per_micro_batch or 0) // length, 1)
+            run, count = list(same), max(tokens // length, 1)
+            if len(run) // count % self.topology.micro_batch_multiple or len(run) % count:  # an interleaved pipeline takes no odd one
+                count = count if self.topology.micro_batch_multiple == 1 else 1
             parts += [run[i : i + count] for i in range(0, len(run), count)]
         return parts
 
@@ -118,10 +136,11 @@ class Policy:
 
         def loss_of(output, batch: Batch):
             hidden, settings = self._hidden(output), self.config.objective
-            loss, metrics = losses.loss(hidden, self._head(), batch, objective, settings, measured=on_policy, own=own)
+            loss, metrics = losses.loss(hidden, self._head(), batch, _places(batch), objective, settings, measured=on_policy, own=own)
             return loss, torch.zeros((), dtype=torch.int), metrics
 
-        self.chunk.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(batches, loss_of, forward_only=False)
         self.scheduler.step(increment=1)  # before the update, so that the first one of a warm-up has a learning rate
@@ -135,8 +154,8 @@ class Policy:
 
         return get_forward_backward_func()(
             forward_step_func=lambda iterator, chunk: self._forward(next(iterator), chunk, on_output),
-            data_iterator=iter(batches),
-            model=[self.chunk],
+            data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
+            model=list(self.chunks),
             num_microbatches=len(batches),
             seq_length=len(batches[0].tokens),
             micro_batch_size=1,
@@ -147,11 +166,12 @@ class Policy:
         from megatron.core.packed_seq_params import PackedSeqParams
 
         packed = PackedSeqParams("thd", batch.cu_seqlens, batch.cu_seqlens, max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen)
-        output = chunk(batch.tokens[None], batch.positions[None], None, packed_seq_params=packed)
+        packed.places = places = _places(batch)
+        output = chunk(batch.tokens[None, places.own], batch.positions[None, places.own], None, packed_seq_params=packed)
         return output, partial(on_output, batch=batch)
 
     def _hidden(self, output: torch.Tensor) -> torch.Tensor:
-        """The last stage's output [1, tokens (/tp), hidden] as the head takes it: [tokens, hidden], the same on every tensor rank."""
+        """The last stage's output [1, tokens (/cp /tp), hidden] as the head takes it: [tokens / cp, hidden], alike on every tensor rank."""
         from megatron.core import tensor_parallel
 
         if self.config.parallel.sequence_parallel:
@@ -166,7 +186,7 @@ class Policy:
 
     def _totals(self, results: list[dict[str, torch.Tensor]], names: list[str]) -> dict[str, float]:
         """Sums of the last stage's metrics over micro-batches and replicas, on every rank; maxima for names ending in _max."""
-        mine = self.topology.is_last_stage and self.topology.tensor_rank == 0
+        mine = self.topology.speaks
         totals = {}
         for reduce, op in ((torch.sum, dist.ReduceOp.SUM), (torch.amax, dist.ReduceOp.MAX)):
             kind = [n for n in names if n.endswith("_max") == (reduce is torch.amax)]
@@ -181,11 +201,16 @@ class Policy:
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor under its Hugging Face name, full, on every rank; a collective: exhaust it on all ranks."""
+        return self.gathered(lambda parameter: parameter.data)
+
+    def gathered(self, of: Callable[[torch.nn.Parameter], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """weights(), of another tensor of each parameter: what `of` returns, in the parameter's shape."""
         from megatron.core import parallel_state
 
-        named = ((name, parameter.data) for name, parameter in self._named_parameters() if not self._is_tied_copy(name))
+        named = ((name, of(parameter)) for name, parameter in self._named_parameters() if not self._is_tied_copy(name))
         tp, pp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
-        return stream(named, self.table, tp, pp)
+        experts = parallel_state.get_expert_tensor_and_model_parallel_group() if self.table.sizes.experts else None
+        return stream(named, self.table, tp, pp, experts, self.topology.expert_size)
 
     def export(self, directory: Path) -> None:
         """Write, or replace, a Hugging Face directory, with the config and tokenizer files of config.model.path. Collective."""
@@ -202,7 +227,7 @@ class Policy:
         for name, parameter in self._named_parameters():
             wanted = "embedding.word_embeddings.weight" if self._is_tied_copy(name) else name
             full = self.table.to_megatron(wanted, source.get)
-            local = self.table.shard(wanted, full, self.topology.tensor_rank, self.topology.tensor_size)
+            local = self.table.shard(wanted, full, *self.topology.slice_of(expert_number(name) is not None))
             if local.shape != parameter.shape:
                 raise UserError(
                     f"{name} is {tuple(local.shape)} in {source.directory}, the config asks for {tuple(parameter.shape)}",
@@ -211,10 +236,15 @@ class Policy:
             parameter.copy_(local)
 
     def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Parameters of this stage, with global layer numbers."""
-        offset = self.module.decoder.layers[0].layer_number - 1 if len(self.module.decoder.layers) else 0
-        for name, parameter in self.module.named_parameters():
-            yield re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{int(m[1]) + offset}.", name), parameter
+        """Parameters of this stage, with global layer and expert numbers."""
+        first_expert = self.topology.expert_rank * self.table.sizes.experts // self.topology.expert_size
+        for module in self.modules:
+            offset = module.decoder.layers[0].layer_number - 1 if len(module.decoder.layers) else 0
+            for name, parameter in module.named_parameters():
+                name = re.sub(r"^decoder\.layers\.(\d+)\.", lambda m, by=offset: f"decoder.layers.{int(m[1]) + by}.", name)
+                if (expert := expert_number(name)) is not None:
+                    name = with_expert(name, first_expert + expert)
+                yield name, parameter
 
     def _is_tied_copy(self, name: str) -> bool:
         """The last pipeline stage's own copy of a tied embedding."""
@@ -236,6 +266,15 @@ def _sum_gradients(chunks, num_tokens=None, **kwargs) -> None:
     from megatron.core.distributed import finalize_model_grads
 
     finalize_model_grads(chunks, None, **kwargs)
+
+
+def _places(batch: Batch) -> context.Places:
+    """This rank's slots of a micro-batch, worked out once."""
+    from megatron.core import parallel_state
+
+    if not hasattr(batch, "places"):
+        batch.places = context.Places(batch.cu_seqlens, parallel_state.get_context_parallel_group())
+    return batch.places
 
 
 def _to_device(batch: Batch) -> Batch:

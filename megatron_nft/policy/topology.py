@@ -1,6 +1,7 @@
 """Ranks: torch.distributed, Megatron-Core's groups, and this rank's place in them. The one place for rank arithmetic."""
 
 import logging
+import math
 import os
 import socket
 import sys
@@ -28,6 +29,13 @@ class Topology:
     data_rank: int
     data_size: int
     replica_of_rank: tuple[int, ...]  # data-parallel rank of every rank of the world
+    virtual_size: int = 1  # model chunks of a pipeline stage
+    context_rank: int = 0
+    context_size: int = 1
+    expert_rank: int = 0
+    expert_size: int = 1
+    expert_tensor_rank: int = 0
+    expert_tensor_size: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -39,6 +47,25 @@ class Topology:
         """True where the log-probs and losses are computed."""
         return self.pipeline_rank == self.pipeline_size - 1
 
+    @property
+    def speaks(self) -> bool:
+        """True on one of the ranks that compute the same losses: its metrics count. Context-parallel ranks each have a share of them."""
+        return self.is_last_stage and self.tensor_rank == 0
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Slots of a sequence in a micro-batch divide by this: each context-parallel rank takes two slices of it."""
+        return 2 * self.context_size if self.context_size > 1 else 1
+
+    def slice_of(self, expert: bool) -> tuple[int, int]:
+        """This rank's number, and the count, of the slices a weight is cut into: an expert's, or any other."""
+        return (self.expert_tensor_rank, self.expert_tensor_size) if expert else (self.tensor_rank, self.tensor_size)
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """Micro-batches of an update are a multiple of this: what Megatron's interleaved schedule asks for."""
+        return self.pipeline_size if self.virtual_size > 1 else 1
+
 
 def world_size() -> int:
     """Ranks of this run, from the launcher's environment (torchrun, or srun with our scripts); 1 without a launcher."""
@@ -47,21 +74,42 @@ def world_size() -> int:
 
 def check(parallel: ParallelConfig, world: int) -> None:
     """Raise UserError for sizes that cannot be laid out over `world` ranks."""
-    model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if world % model:
+    tp, pp, cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
+    names = "tensor_model_parallel_size x pipeline_model_parallel_size" + " x context_parallel_size" * (cp > 1)
+    _check_world(world, [tp, pp, *([cp] if cp > 1 else [])], names)
+    if parallel.sequence_parallel and tp == 1:
+        raise UserError("parallel.sequence_parallel is on with tensor_model_parallel_size 1", "turn it off, or use TP 2 or more")
+    if parallel.virtual_pipeline_model_parallel_size is not None and pp == 1:
         raise UserError(
-            f"world size {world} is not divisible by tensor_model_parallel_size x pipeline_model_parallel_size "
-            f"({parallel.tensor_model_parallel_size} x {parallel.pipeline_model_parallel_size})",
+            "parallel.virtual_pipeline_model_parallel_size is set with pipeline_model_parallel_size 1", "leave it out, or use PP 2 or more"
+        )
+    ep, etp = parallel.expert_model_parallel_size, expert_tensor_size(parallel)
+    if ep > 1:
+        _check_world(world, [etp, ep, pp], "expert_tensor_parallel_size x expert_model_parallel_size x pipeline_model_parallel_size")
+    elif etp != tp:  # Megatron then counts each rank's experts as tensor-parallel slices
+        raise UserError(
+            f"parallel.expert_tensor_parallel_size is {etp} with tensor_model_parallel_size {tp} and expert_model_parallel_size 1",
+            "leave it out, or use EP 2 or more",
+        )
+
+
+def _check_world(world: int, sizes: list[int], names: str) -> None:
+    if world % (model := math.prod(sizes)):
+        raise UserError(
+            f"world size {world} is not divisible by {names} ({' x '.join(map(str, sizes))})",
             f"start a multiple of {model} ranks (torchrun --nproc-per-node) or change parallel.*",
         )
-    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
-        raise UserError("parallel.sequence_parallel is on with tensor_model_parallel_size 1", "turn it off, or use TP 2 or more")
+
+
+def expert_tensor_size(parallel: ParallelConfig) -> int:
+    """Ranks an expert is cut over, Megatron's default included."""
+    return parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> Topology:
     """Start torch.distributed (NCCL with CUDA, gloo without) and Megatron-Core's groups; seed Megatron's RNG.
 
-    Megatron keeps tensor-parallel ranks adjacent and pipeline stages outermost.
+    Megatron keeps tensor-parallel ranks adjacent, then context, then data; pipeline stages are outermost.
     """
     check(parallel, world_size())
     start_distributed()
@@ -72,21 +120,44 @@ def initialize(parallel: ParallelConfig, seed: int) -> Topology:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_size(parallel),
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_size(parallel),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    data_rank = torch.tensor([parallel_state.get_data_parallel_rank()], device=device())
+    return _place(parallel)
+
+
+def virtual_size(parallel: ParallelConfig) -> int | None:
+    """Chunks of a pipeline stage as Megatron takes it: None where the schedule is not interleaved."""
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    return None if chunks == 1 else chunks
+
+
+def _place(parallel: ParallelConfig) -> Topology:
+    from megatron.core import parallel_state as groups
+
+    data_rank = torch.tensor([groups.get_data_parallel_rank()], device=device())
     everyone = [torch.zeros_like(data_rank) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, data_rank)
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_rank=groups.get_tensor_model_parallel_rank(),
         tensor_size=parallel.tensor_model_parallel_size,
-        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_rank=groups.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel.pipeline_model_parallel_size,
-        data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=parallel_state.get_data_parallel_world_size(),
+        data_rank=groups.get_data_parallel_rank(),
+        data_size=groups.get_data_parallel_world_size(),
         replica_of_rank=tuple(int(r) for r in everyone),
+        virtual_size=virtual_size(parallel) or 1,
+        context_rank=groups.get_context_parallel_rank(),
+        context_size=parallel.context_parallel_size,
+        expert_rank=groups.get_expert_model_parallel_rank(),
+        expert_size=parallel.expert_model_parallel_size,
+        expert_tensor_rank=groups.get_expert_tensor_parallel_rank(),
+        expert_tensor_size=expert_tensor_size(parallel),
     )
 
 

@@ -7,7 +7,7 @@ from megatron_nft.weights.families import table_for
 from megatron_nft.weights.huggingface import HuggingFaceWeights, load_huggingface, read_json
 from megatron_nft.weights.layouts import padded_vocab_size
 from megatron_nft.weights.stream import stream
-from megatron_nft.weights.table import Entry, Table
+from megatron_nft.weights.table import Entry, Table, expert_number, with_expert
 from megatron_nft.weights.writer import check_vacant, copy_companions, save_huggingface, whole_or_nothing
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Table",
     "check_vacant",
     "copy_companions",
+    "expert_number",
     "load_huggingface",
     "padded_vocab_size",
     "read_json",
@@ -23,4 +24,5 @@ __all__ = [
     "stream",
     "table_for",
     "whole_or_nothing",
+    "with_expert",
 ]

@@ -31,6 +31,8 @@ class Sizes:
     head: int  # size of one head
     vocabulary: int
     tied: bool  # the head is the embedding
+    experts: int = 0  # of a layer that has them; 0: a dense model
+    expert_ffn: int = 0  # inner size of an expert
 
     @classmethod
     def of(cls, config: dict) -> "Sizes":
@@ -45,7 +47,7 @@ class Sizes:
 
         heads, hidden = number("num_attention_heads"), number("hidden_size")
         groups = number("num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
-        own = "take the model's own config.json"
+        own, experts = "take the model's own config.json", expert_count(config)
         if heads % groups:
             raise UserError(f"num_attention_heads in config.json ({heads}) cannot be divided by num_key_value_heads ({groups})", own)
         if not config.get("head_dim") and hidden % heads:
@@ -59,6 +61,8 @@ class Sizes:
             head=config.get("head_dim") or hidden // heads,
             vocabulary=number("vocab_size"),
             tied=bool(config.get("tie_word_embeddings", False)),
+            experts=experts,
+            expert_ffn=number("moe_intermediate_size") if experts else 0,
         )
 
     @property
@@ -74,6 +78,14 @@ class Sizes:
     def shape(self, words: str) -> tuple[int, ...]:
         """The numbers of words such as "query hidden"."""
         return tuple(getattr(self, word) for word in words.split())
+
+
+def expert_count(config: dict) -> int:
+    """Experts of a mixture; 0 for a dense model. transformers 4 and 5 spell it differently."""
+    count = config.get("num_experts") or config.get("num_local_experts") or 0
+    if not isinstance(count, int) or (count == 0 and config.get("moe_intermediate_size")):
+        raise UserError("config.json has a moe_intermediate_size and no num_experts", "take the model's complete config.json")
+    return count
 
 
 class Whole:

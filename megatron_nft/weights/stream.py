@@ -1,17 +1,18 @@
 """Local Megatron shards in, full Hugging Face tensors out, on every rank in the same order: what the sampler loads.
 
 A tensor travels in a bucket of bytes: each pipeline stage in turn broadcasts its shards to the other stages, then the
-tensor-parallel ranks gather. Broadcasting before gathering sends every byte between stages once.
+tensor-parallel ranks gather; for experts, all ranks that hold different experts or slices of them. Broadcasting before gathering sends
+every byte between stages once.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_nft.weights.table import Table
+from megatron_nft.weights.table import Table, expert_number, with_expert
 
 Group = dist.ProcessGroup | None
 ALIGNMENT = 16  # bytes: a slice of a bucket can be viewed as any dtype
@@ -36,20 +37,28 @@ class _Shard:
 
 
 def stream(
-    named: Iterable[tuple[str, Tensor]], table: Table, tp_group: Group = None, pp_group: Group = None, bucket_bytes: int = 256 * 2**20
+    named: Iterable[tuple[str, Tensor]],
+    table: Table,
+    tp_group: Group = None,
+    pp_group: Group = None,
+    expert_group: Group = None,
+    expert_parallel_size: int = 1,
+    bucket_bytes: int = 256 * 2**20,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of the model under its Hugging Face name, full, in the same order on all ranks. A collective.
 
-    named: this rank's tensors with Megatron names (global layer numbers), those of its pipeline stage only.
+    named: this rank's tensors with Megatron names (global layer and expert numbers), those of its pipeline stage only.
+    expert_group: the ranks that together hold a stage's experts, slices of an expert adjacent; expert_parallel_size of them hold
+    different experts, equally many.
     bucket_bytes: a gathered bucket holds at most this, or one tensor. Memory: a bucket, its gathered copy and one full tensor,
     for as long as the consumer keeps no tensor. The tensors may be views of the parameters: read them, do not write.
     Without groups, or with groups of one rank, nothing is sent or copied and `named` is consumed lazily.
     Raises ValueError where the ranks together do not hold every tensor of the table.
     """
-    tp_size, pp_size = _size(tp_group), _size(pp_group)
-    table.check_tensor_parallel(tp_size)
-    alone = tp_size == pp_size == 1
-    pairs = _local(named, table) if alone else _gathered(dict(named), table, tp_group, pp_group, bucket_bytes // tp_size)
+    table.check_tensor_parallel(_size(tp_group))
+    experts = _Experts(expert_group, expert_parallel_size, table.sizes.experts)
+    alone = _size(tp_group) == _size(pp_group) == _size(expert_group) == 1
+    pairs = _local(named, table) if alone else _gathered(dict(named), table, tp_group, pp_group, experts, bucket_bytes)
     missing = set(table.megatron_names())
     for name, full in pairs:
         missing.remove(name)
@@ -64,19 +73,46 @@ def _local(named: Iterable[tuple[str, Tensor]], table: Table) -> Iterator[tuple[
         yield table.canonical(name), table.unshard(name, [tensor.detach()])
 
 
+@dataclass(frozen=True)
+class _Experts:
+    """Who holds the experts of a stage."""
+
+    group: Group
+    ranks: int  # with different experts
+    count: int  # of all ranks
+
+    def rows(self, bucket: list[_Shard], gathered: Tensor) -> Iterator[tuple[list[_Shard], Tensor]]:
+        """The bucket under the names of each rank's experts, with the rows that hold them. gathered: uint8 [ranks x slices, bucket]"""
+        held = self.count // self.ranks
+        for rank, slices in enumerate(gathered.chunk(self.ranks)):
+            yield [replace(s, name=with_expert(s.name, rank * held + expert_number(s.name) % held)) for s in bucket], slices
+
+
 def _gathered(
-    tensors: dict[str, Tensor], table: Table, tp_group: Group, pp_group: Group, bucket_bytes: int
+    tensors: dict[str, Tensor], table: Table, tp_group: Group, pp_group: Group, experts: _Experts, bucket_bytes: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Canonical names and full tensors, stage by stage. bucket_bytes: of the shards of one rank."""
+    """Canonical names and full tensors, stage by stage, those of experts last."""
     mine = {table.canonical(name): tensor.detach() for name, tensor in tensors.items()}
-    device = next(iter(mine.values())).device
     for stage, shards in enumerate(_plan(mine, pp_group)):
-        sending = stage == (dist.get_rank(pp_group) if _size(pp_group) > 1 else 0)
-        for bucket in _buckets(shards, bucket_bytes):
-            packed = _pack(bucket, mine, device) if sending else torch.empty(sum(s.room for s in bucket), dtype=torch.uint8, device=device)
-            if _size(pp_group) > 1:
-                dist.broadcast(packed, group=pp_group, group_src=stage)
+        dense, of_experts = ([s for s in shards if (expert_number(s.name) is not None) == kind] for kind in (False, True))
+        for bucket, packed in _received(dense, stage, mine, pp_group, bucket_bytes // _size(tp_group)):
             yield from _unpack(bucket, _all_gather(packed, tp_group), table)
+        for bucket, packed in _received(of_experts, stage, mine, pp_group, bucket_bytes // _size(experts.group)):
+            for renamed, slices in experts.rows(bucket, _all_gather(packed, experts.group)):
+                yield from _unpack(renamed, slices, table)
+
+
+def _received(
+    shards: list[_Shard], stage: int, mine: dict[str, Tensor], pp_group: Group, limit: int
+) -> Iterator[tuple[list[_Shard], Tensor]]:
+    """Buckets of a stage's shards, on every rank as its counterpart on that stage holds them: uint8 [bucket], at most `limit` bytes."""
+    device = next(iter(mine.values())).device
+    sending = stage == (dist.get_rank(pp_group) if _size(pp_group) > 1 else 0)
+    for bucket in _buckets(shards, limit):
+        packed = _pack(bucket, mine, device) if sending else torch.empty(sum(s.room for s in bucket), dtype=torch.uint8, device=device)
+        if _size(pp_group) > 1:
+            dist.broadcast(packed, group=pp_group, group_src=stage)
+        yield bucket, packed
 
 
 def _plan(mine: dict[str, Tensor], pp_group: Group) -> list[list[_Shard]]:

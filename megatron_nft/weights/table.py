@@ -1,5 +1,6 @@
 """The table of a model: which Hugging Face tensors make which Megatron tensor, for the whole model."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd
@@ -14,6 +15,9 @@ ALIASES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+# A sequence of experts numbers them in the module's name, Transformer Engine's grouped experts in the weight's.
+EXPERT = re.compile(r"\.mlp\.experts\.local_experts\.(?P<expert>\d+)\.")
+GROUPED = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(?P<expert>\d+)$")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ QKV_BIAS = Entry(
     QueryKeyValue(),
 )
 ATTENTION_OUTPUT = Entry("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "hidden query"}, Split(dim=1))
+QUERY_NORM = Entry("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": "head"}, Whole())
+KEY_NORM = Entry("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": "head"}, Whole())
 MLP_NORM = Entry("pre_mlp_layernorm.weight", {"post_attention_layernorm.weight": "hidden"}, Whole())
 MLP_GATE_UP = Entry("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": "ffn hidden", "mlp.up_proj.weight": "ffn hidden"}, GateUp())
 MLP_DOWN = Entry("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "hidden ffn"}, Split(dim=1))
@@ -59,8 +65,8 @@ HEAD = Entry("output_layer.weight", {"lm_head.weight": "vocabulary hidden"}, Voc
 class Table:
     """Names, shapes and tensors of one model, both ways.
 
-    Megatron names carry global layer numbers. Wherever one is taken, Transformer Engine's names of the norms are understood too,
-    and in a tied model output_layer.weight, which the last pipeline stage holds as its copy of the embedding.
+    Megatron names carry global layer and expert numbers. Wherever one is taken, Transformer Engine's names of the norms and of grouped
+    experts are understood too, and in a tied model output_layer.weight, which the last pipeline stage holds as its copy of the embedding.
     """
 
     def __init__(self, config: dict, layer_entries: Callable[[dict, int], tuple[Entry, ...]]):
@@ -80,11 +86,21 @@ class Table:
         """Whether q, k and v have biases."""
         return QKV_BIAS.within(0).megatron in self._entries
 
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normed, head by head."""
+        return QUERY_NORM.within(0).megatron in self._entries
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer (counted from 0) is a mixture of experts."""
+        return f"decoder.layers.{layer}.mlp.router.weight" in self._entries
+
     def canonical(self, megatron_name: str) -> str:
         """The name this table lists a tensor under. Raises ValueError for a name no such model has."""
         name = megatron_name
         if self.tied and name == HEAD.megatron:
             return EMBEDDING.megatron
+        name = GROUPED.sub(r".mlp.experts.local_experts.\g<expert>.\1.weight", name)
         for alias, plain in ALIASES.items():
             if name.endswith("." + alias):
                 name = name.removesuffix(alias) + plain
@@ -115,8 +131,14 @@ class Table:
         return list(zip(entry.huggingface, entry.layout.part(full, self.sizes)))
 
     def shard(self, megatron_name: str, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-        """One rank's slice of a full tensor, the vocabulary padded with zero rows. Raises UserError as check_tensor_parallel does."""
-        self.check_tensor_parallel(tp_size)
+        """One rank's slice of a full tensor, the vocabulary padded with zero rows; of an expert's, tp is the experts' own.
+
+        Raises UserError as check_tensor_parallel and check_expert_parallel do.
+        """
+        if expert_number(megatron_name) is None:
+            self.check_tensor_parallel(tp_size)
+        else:
+            self.check_expert_parallel(1, tp_size)
         return self._entry(megatron_name).layout.shard(full, tp_rank, tp_size, self.sizes)
 
     def unshard(self, megatron_name: str, shards: list[Tensor]) -> Tensor:
@@ -136,5 +158,29 @@ class Table:
                 possible = ", ".join(str(n) for n in range(1, self.sizes.groups + 1) if common % n == 0)
                 raise UserError(f"{name} ({size}) cannot be divided by tensor_model_parallel_size ({tp_size})", f"use one of: {possible}")
 
+    def check_expert_parallel(self, ep_size: int, tp_size: int) -> None:
+        """Raise UserError unless the experts divide by ep_size, and each of them by tp_size, the experts' own."""
+        if ep_size > 1 and not self.sizes.experts:
+            raise UserError(f"expert_model_parallel_size is {ep_size}, and the model has no experts", "leave it out")
+        for name, size, setting, by in (
+            ("num_experts", self.sizes.experts, "expert_model_parallel_size", ep_size),
+            ("moe_intermediate_size", self.sizes.expert_ffn, "expert_tensor_parallel_size", tp_size),
+        ):
+            if size % by:
+                possible = ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
+                raise UserError(f"{name} ({size}) cannot be divided by {setting} ({by})", f"use one of: {possible}")
+
     def _entry(self, megatron_name: str) -> Entry:
         return self._entries[self.canonical(megatron_name)]
+
+
+def expert_number(megatron_name: str) -> int | None:
+    """Which expert a tensor belongs to; None for a tensor of no expert."""
+    found = EXPERT.search(megatron_name) or GROUPED.search(megatron_name)
+    return int(found["expert"]) if found else None
+
+
+def with_expert(megatron_name: str, expert: int) -> str:
+    """The name of another expert's tensor."""
+    found = EXPERT.search(megatron_name) or GROUPED.search(megatron_name)
+    return megatron_name[: found.start("expert")] + str(expert) + megatron_name[found.end("expert") :]

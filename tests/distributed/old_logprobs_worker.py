@@ -22,7 +22,7 @@ def run(config: Config, topology: policy.Topology, full: bool) -> dict:
     model = policy.Policy(config, topology)
     groups = made_up_groups()[topology.rank :: topology.world_size]
     answers, numbers = exchange.table(groups)
-    layout = batching.Layout(topology.data_size, config.train.tokens_per_micro_batch, config.train.prompts_per_update)
+    layout = model.layout(config.train.prompts_per_update)
     settings = config.objective
     weights = partial(objectives.weights, settings=settings)
     plan = batching.plan(answers, layout, weights, settings.reduction, settings.reduction_constant, settings.ratio != "token")

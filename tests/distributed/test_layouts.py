@@ -1,120 +1,196 @@
-"""The same mini-batches give the same losses, gradients and parameters under every layout."""
+"""The same mini-batches give the same losses, gradients and parameters under every layout.
 
+A table of cases; those of one world size share a launch. Every case runs in float32 and, where the model allows it, in float64.
+"""
+
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
+from tests.distributed.reference import logprobs_of, two_updates
 from tests.support import made_up_groups, run_ranks, tiny_model
 
-WORKER = Path(__file__).with_name("update_worker.py")
+WORKER = Path(__file__).with_name("layout_worker.py")
 # adam_eps 1 and lr 1: the first update is -g / (|g| + 1), so parameters differ by what gradients differ, near-zero ones included
 CONFIG = """
 run_dir: unused
-model: {path: PATH}
+model: {path: unset}
 train: {prompts_per_update: 2, tokens_per_micro_batch: 64}
 rollout: {n: 4, prompts_per_step: 4}
 objective: {reduction_constant: 100.0}
 optimizer: {lr: 1.0, adam_eps: 1.0, clip_grad: 1.0, weight_decay: 0.01}
 """
-
-
-def run(tmp_path: Path, model: Path, ranks: int, *overrides: str, **arguments) -> dict:
-    config = tmp_path / "config.yaml"
-    config.write_text(CONFIG.replace("PATH", str(model)))
-    output = tmp_path / "out.pt"
-    run_ranks(WORKER, ranks, {"config": str(config), "overrides": list(overrides), "output": str(output), **arguments}, tmp_path)
-    return torch.load(output)
-
-
-@pytest.fixture(scope="module", params=["tied", "untied"])
-def model(request, tmp_path_factory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"), tie=request.param == "tied")
-
-
-@pytest.fixture(scope="module")
-def single(model, tmp_path_factory) -> dict:
-    return run(tmp_path_factory.mktemp("single"), model, 1)
-
-
-TP2, PP2, SP = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2", "parallel.sequence_parallel=true"
-LAYOUTS = {
-    "small micro-batches": (1, ["train.tokens_per_micro_batch=36"]),
-    "recompute": (1, ["train.recompute_granularity=full"]),
-    "TP2": (2, [TP2]),
-    "TP2 SP": (2, [TP2, SP]),
-    # the old log-probs are of both mini-batches, whose micro-batches differ in length: a pipeline runs one after the other
-    "PP2, short micro-batches": (2, [PP2, "train.tokens_per_micro_batch=72"], {"length_multiple": 1}),
-    "DP2": (2, []),
-    "TP2 PP2": (4, [TP2, PP2]),
+MODELS = {
+    "tied": {"tie": True},
+    "untied": {"tie": False},
+    "qwen3": {"family": "qwen3", "tie": False},
+    "experts": {"family": "qwen3_moe", "tie": False},
 }
 
 
-def test_overlapped_reduction_with_uneven_updates(model, single, tmp_path):
-    """What a GPU does: the reduction starts within the backward pass of the last micro-batch, of which updates have unequally many."""
-    got = run(tmp_path, model, 2, "train.tokens_per_micro_batch=36", overlap=True)
-    for mine, reference in zip(got["updates"], single["updates"], strict=True):
-        assert mine == pytest.approx(reference, rel=1e-5, abs=1e-7)
+@dataclass
+class Case:
+    """A layout, and the case of one rank that it must equal."""
+
+    ranks: int
+    overrides: list[str]
+    model: str = "untied"
+    reference: str = ""  # what follows the model's name in the reference's
+    worker: dict = field(default_factory=dict)  # further arguments of the worker
+
+    @property
+    def precisions(self) -> list[str]:
+        """Megatron's router has its softmax in float32, so that of experts float64 is none."""
+        return ["float32"] if self.model == "experts" or "overlap" in self.worker else ["float32", "float64"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_equals_one_rank(layout, model, single, tmp_path):
-    """Losses and gradient norms to 1e-5 relative, parameters to 2e-6 (float32 sums in another order)."""
-    ranks, overrides, *arguments = LAYOUTS[layout]
-    got = run(tmp_path, model, ranks, *overrides, **dict(*arguments))
-    assert single["slots"] == [64, 64] and (len(set(got["slots"])) > 1) == bool(arguments), got["slots"]
-    for name, tensor in single["before"].items():
-        assert torch.equal(got["before"][name], tensor), name
-    assert got["old"] == pytest.approx(single["old"], rel=1e-5)
-    for mine, reference in zip(got["updates"], single["updates"]):
-        assert mine == pytest.approx(reference, rel=1e-5, abs=1e-7)
-    assert len(single["updates"]) == 2 and single["updates"][0]["grad_norm"] > 0.1
-    for name, tensor in single["after"].items():
-        assert not torch.equal(tensor, single["before"][name]), f"{name} was not trained"
-        torch.testing.assert_close(got["after"][name], tensor, rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+TP, PP, CP, VPP, EP, ETP = (
+    f"parallel.{name}="
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+    )
+)
+TP2, PP2, CP2, VPP2, EP2 = (size + "2" for size in (TP, PP, CP, VPP, EP))
+SP, SMALL = "parallel.sequence_parallel=true", "train.tokens_per_micro_batch=36"
+GEOMETRIC = ["objective.name=gspo", "objective.clip_ratio_low=0.5", "objective.clip_ratio_high=0.5"]
+FEW = {"groups": {"prompts": 2, "n": 2}}  # two answers a mini-batch
+ONE_PROMPT = "train.prompts_per_update=1"
+CASES = {
+    "small micro-batches": Case(1, [SMALL]),
+    "one answer a micro-batch": Case(1, [], worker={"padded": True}),
+    "recompute": Case(1, ["train.recompute_granularity=full"], "experts"),
+    "TP2": Case(2, [TP2]),
+    "TP2 SP": Case(2, [TP2, SP], "tied"),
+    "PP2": Case(2, [PP2], "tied"),
+    "PP2 untied": Case(2, [PP2, SMALL]),
+    # the old log-probs are of both mini-batches, whose micro-batches differ in length: a pipeline runs one after the other
+    "PP2 short micro-batches": Case(2, [PP2, "train.tokens_per_micro_batch=72"], worker={"length_multiple": 1}),
+    "PP2 VPP2": Case(2, [PP2, VPP2], "tied"),
+    "CP2": Case(2, [CP2]),
+    "CP2 one ratio an answer": Case(2, [CP2, *GEOMETRIC], reference=" geometric"),
+    "DP2": Case(2, []),
+    "DP2 overlapped": Case(2, [SMALL], worker={"overlap": True}),
+    "EP2": Case(2, [EP2], "experts"),
+    "TP2 SP EP2 ETP1": Case(2, [TP2, SP, EP2, ETP + "1"], "experts"),
+    "TP2 SP experts": Case(2, [TP2, SP], "experts"),
+    "TP2 PP2": Case(4, [TP2, PP2]),
+    "TP2 SP CP2": Case(4, [TP2, SP, CP2], "tied"),
+    "PP2 DP2 small": Case(4, [PP2, SMALL], "tied"),
+    "PP2 CP2": Case(4, [PP2, CP2], "tied"),
+    "CP2 DP2": Case(4, [CP2]),
+    "CP4": Case(4, [CP + "4"]),
+    "CP2 DP2 one answer a micro-batch": Case(4, [CP2], worker={"padded": True}),
+    "PP2 VPP2 TP2 SP qwen3": Case(4, [PP2, VPP2, TP2, SP], "qwen3"),
+    "DP4, two of them idle": Case(4, [ONE_PROMPT], reference=" few", worker=FEW),
+    "EP2 TP2 SP": Case(4, [EP2, TP2, SP], "experts"),
+    "EP2 PP2 VPP2": Case(4, [EP2, PP2, VPP2], "experts"),
+    "EP2 CP2 DP2": Case(4, [EP2, CP2], "experts"),
+    "TP2 PP2 DP2": Case(8, [TP2, PP2], "tied"),
+    "TP2 SP PP2 VPP2 CP2": Case(8, [TP2, SP, PP2, VPP2, CP2]),
+    "TP2 SP PP2 EP2": Case(8, [TP2, SP, PP2, EP2], "experts"),
+}
+REFERENCES = {
+    **{name: Case(1, [], name) for name in MODELS},
+    "untied geometric": Case(1, GEOMETRIC),
+    "untied few": Case(1, [ONE_PROMPT], worker=FEW),
+}
 
 
-def reference(model: Path) -> dict:
-    """The same two updates by transformers, autograd and torch's AdamW in float64, the loss written out from the paper."""
-    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
-    groups = made_up_groups()
+class Launches:
+    """What the cases of a world size gave, run when the first of them is asked for."""
 
-    def logprobs(group, response) -> torch.Tensor:
-        ids = torch.tensor([[*group.prompt.token_ids, *response.token_ids]])
-        table = hf(ids).logits[0, len(group.prompt.token_ids) - 1 : -1].log_softmax(-1)
-        return table.gather(1, torch.tensor(response.token_ids)[:, None])[:, 0]
+    def __init__(self, directory: Path):
+        self.models = {name: tiny_model(directory / name, **settings) for name, settings in MODELS.items()}
+        self._directory, self._found = directory, {}
 
-    with torch.no_grad():
-        old = {(g.position, k): logprobs(g, r) for g in groups for k, r in enumerate(g.responses)}
-    before = {name: p.detach().clone() for name, p in hf.named_parameters()}
-    optimizer = torch.optim.AdamW(hf.parameters(), lr=1.0, betas=(0.9, 0.999), eps=1.0, weight_decay=0.01)
-    updates = []
-    for mini_batch in (groups[:2], groups[2:]):
-        loss = torch.zeros((), dtype=torch.float64)
-        for group in mini_batch:
-            rate = group.correct_rate
-            for k, response in enumerate(group.responses):
-                ratio = (logprobs(group, response) - old[group.position, k]).exp()
-                implicit = (1 - rate * ratio) / (1 - rate)
-                implicit = (implicit.clamp(min=1.0) - implicit).detach() + implicit  # max_v with eps = 1
-                term = ratio.log() if response.verdict.score == 1.0 else implicit.log()
-                loss = loss - (1 - rate) * term.sum() / 100.0
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(hf.parameters(), 1.0)
-        optimizer.step()
-        updates.append({"loss": loss.item(), "grad_norm": norm.item()})
-    return {"before": before, "after": dict(hf.named_parameters()), "updates": updates}
+    def __call__(self, name: str, precision: str) -> dict:
+        ranks = {**CASES, **REFERENCES}[name].ranks
+        if ranks not in self._found:
+            self._found[ranks] = None  # a launch that failed is not repeated
+            self._found[ranks] = self._launch(ranks)
+        assert self._found[ranks], f"the launch of {ranks} ranks failed: see the first of its cases"
+        return self._found[ranks][f"{name} {precision}"]
+
+    def _launch(self, ranks: int) -> dict:
+        wanted = {name: case for name, case in {**REFERENCES, **CASES}.items() if case.ranks == ranks}
+        cases = [self._arguments(name, case, precision) for name, case in wanted.items() for precision in case.precisions]
+        file, output = self._directory / "config.yaml", self._directory / f"{ranks}.pt"
+        file.write_text(CONFIG)
+        run_ranks(WORKER, ranks, {"config": str(file), "cases": cases, "output": str(output)}, self._directory, timeout=580)
+        return torch.load(output)
+
+    def _arguments(self, name: str, case: Case, precision: str) -> dict:
+        model = str(self.models[case.model])
+        given = {"name": f"{name} {precision}", "model": model, "overrides": case.overrides, "float64": precision == "float64"}
+        return given | case.worker
 
 
-def test_one_rank_equals_transformers_in_float64(model, single):
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory) -> Launches:
+    return Launches(tmp_path_factory.mktemp("layouts"))
+
+
+def apart(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    """|mine - theirs| / |theirs|"""
+    return ((mine - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize(("name", "precision"), [(name, precision) for name, case in CASES.items() for precision in case.precisions])
+def test_equals_one_rank(name, precision, launches):
+    """Losses, metrics and every tensor's gradient to 1e-5 relative (float64: 1e-9), parameters to 2e-6."""
+    case, tolerance = CASES[name], {"float32": 1e-5, "float64": 1e-9}[precision]
+    got, single = launches(name, precision), launches(case.model + case.reference, precision)
+    for key, tensor in single["before"].items():
+        assert torch.equal(got["before"][key], tensor), key
+    for mine, theirs in zip(got["updates"], single["updates"], strict=True):
+        assert mine == pytest.approx(theirs, rel=tolerance, abs=1e-7 if precision == "float32" else 1e-12)
+    for mine, theirs in zip(got["gradients"], single["gradients"], strict=True):
+        assert mine.keys() == theirs.keys() == single["before"].keys()
+        for key, gradient in theirs.items():
+            assert gradient.norm() > 1e-6 and apart(mine[key], gradient) < tolerance, (key, apart(mine[key], gradient))
+    if precision == "float32":
+        assert got["old"] == pytest.approx(single["old"], rel=1e-5)
+        for key, tensor in single["after"].items():
+            assert not torch.equal(tensor, single["before"][key]), f"{key} was not trained"
+            torch.testing.assert_close(got["after"][key], tensor, rtol=1e-5, atol=2e-6, msg=lambda m, n=key: f"{n}: {m}")
+
+
+def test_some_ranks_were_idle(launches):
+    """The case is what its name says: two answers over four replicas."""
+    assert [sorted(n) for n in zip(*launches("DP4, two of them idle", "float32")["answers"])] == [[0, 0, 1, 1]] * 2
+
+
+def test_micro_batches_were_of_unequal_lengths(launches):
+    """The case is what its name says."""
+    first, second = launches("PP2 short micro-batches", "float32")["slots"]
+    assert first != second
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_rank_equals_transformers_in_float64(model, launches):
     """Loss and gradient norm to 2e-5 relative, parameters to 5e-6: what float32 loses in four layers and two updates."""
-    expected = reference(model)
+    single, expected = launches(model, "float32"), two_updates(launches.models[model], made_up_groups())
     for mine, theirs in zip(single["updates"], expected["updates"], strict=True):
-        for name, value in theirs.items():
-            assert mine[name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
+        for key, value in theirs.items():
+            assert mine[key] == pytest.approx(value, rel=2e-5, abs=1e-6), key
     assert abs(expected["updates"][1]["loss"]) > 1e-3  # off-policy by then: the loss has a value
-    for name, value in expected["after"].items():
-        torch.testing.assert_close(single["before"][name].double(), expected["before"][name], rtol=0, atol=0)
-        torch.testing.assert_close(single["after"][name].double(), value.detach(), rtol=1e-5, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert single["before"].keys() == expected["before"].keys()
+    for key, value in expected["after"].items():
+        torch.testing.assert_close(single["before"][key].double(), expected["before"][key], rtol=0, atol=0)
+        torch.testing.assert_close(single["after"][key].double(), value, rtol=1e-5, atol=5e-6, msg=lambda m, n=key: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_logprobs_equal_transformers(model, launches):
+    """Float32, to 1e-4."""
+    found, expected = launches(model, "float32")["logprobs"], logprobs_of(launches.models[model], made_up_groups())
+    assert found.keys() == expected.keys()
+    for number, values in expected.items():
+        torch.testing.assert_close(found[number], values, rtol=0, atol=1e-4)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_nft.policy.context import Places
 from megatron_nft.policy.layers import PackedAttention, RMSNorm
 
 
@@ -37,7 +38,7 @@ def test_packed_attention(lengths):
     torch.manual_seed(1)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     q, k, v = (torch.randn(sum(lengths), heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
-    packed = SimpleNamespace(cu_seqlens_q=bounds.int())
+    packed = SimpleNamespace(cu_seqlens_q=bounds.int(), places=Places(bounds.int(), None))
     got = PackedAttention(None, 1, None, None)(q, k, v, None, packed_seq_params=packed)
     pieces = []
     for start, end in zip(bounds[:-2], bounds[1:-1], strict=True):

@@ -1,5 +1,6 @@
 """Layouts that cannot be: said before anything is started."""
 
+import dataclasses
 import os
 
 import pytest
@@ -28,6 +29,27 @@ def test_sequence_parallel_needs_tensor_parallel():
     topology.check(ParallelConfig(2, 1, sequence_parallel=True), 2)
     with pytest.raises(UserError, match="sequence_parallel"):
         topology.check(ParallelConfig(1, 2, sequence_parallel=True), 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world", "problem"),
+    [
+        ({"context_parallel_size": 2, "tensor_model_parallel_size": 2}, 6, r"world size 6 .* x context_parallel_size \(2 x 1 x 2\)"),
+        ({"virtual_pipeline_model_parallel_size": 2}, 4, "virtual_pipeline_model_parallel_size is set with pipeline_model_parallel_size 1"),
+        ({"expert_model_parallel_size": 4}, 6, r"world size 6 .* x expert_model_parallel_size .* \(1 x 4 x 1\)"),
+        ({"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}, 6, r"world size 6 .* \(2 x 2 x 1\)"),
+        ({"expert_tensor_parallel_size": 2}, 4, "expert_tensor_parallel_size is 2 with tensor_model_parallel_size 1"),
+    ],
+)
+def test_context_virtual_stages_and_experts(sizes, world, problem):
+    with pytest.raises(UserError, match=problem):
+        topology.check(ParallelConfig(**sizes), world)
+
+
+def test_what_batching_rounds_up():
+    plain, mixed = place(0, 1, 2, 2), dataclasses.replace(place(0, 1, 2, 2), context_size=4, virtual_size=2)
+    assert (plain.sequence_multiple, plain.micro_batch_multiple) == (1, 1)
+    assert (mixed.sequence_multiple, mixed.micro_batch_multiple) == (8, 2)
 
 
 def test_world_size_is_the_launchers(monkeypatch):

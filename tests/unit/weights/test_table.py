@@ -7,7 +7,7 @@ import torch
 
 from megatron_nft.errors import UserError
 from megatron_nft.weights import load_huggingface, padded_vocab_size, stream, table_for
-from tests.support import VOCAB, tiny_model
+from tests.support import VOCAB, as_in_files, tiny_model
 
 # 8 heads and 4 key-value heads, so that 1, 2 and 4 tensor-parallel ranks are possible with more than one query head a group
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
@@ -16,6 +16,8 @@ MODELS = {
     "qwen2 untied": ("qwen2", False, {}),
     "llama tied": ("llama", True, {}),
     "llama untied": ("llama", False, {}),
+    "qwen3": ("qwen3", False, {}),
+    "qwen3 experts": ("qwen3_moe", True, {}),
     "llama wide heads": ("llama", False, {"head_dim": 6}),  # hidden / heads is 4
 }
 
@@ -31,7 +33,7 @@ def state_dict(directory) -> dict[str, torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory)
-    state = dict(model.state_dict())
+    state = dict(as_in_files(model.state_dict().items()))
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     return state

@@ -1,0 +1,148 @@
+"""Runs old log-probs and updates of a fixed rollout under one layout after another, and writes what came out (rank 0).
+
+Between two layouts of a launch Megatron's groups are taken down and made anew over the same ranks.
+"""
+
+import dataclasses
+import json
+import sys
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+from megatron_nft import batching, objectives, policy
+from megatron_nft.config import load
+from megatron_nft.packing import Packing
+from megatron_nft.policy import exchange, optimizer
+from tests.support import made_up_groups
+
+
+def main() -> None:
+    arguments = json.loads(Path(sys.argv[1]).read_text())
+    found = {case["name"]: run(case, arguments["config"]) for case in arguments["cases"]}
+    if dist.get_rank() == 0:
+        torch.save(found, arguments["output"])
+    policy.shutdown()
+
+
+def run(case: dict, file: str) -> dict:
+    """The case's losses, gradients and, in float32, parameters; keys as in `train`."""
+    config = load(file, [f"model.path={case['model']}", *case["overrides"]])
+    topology = policy.initialize(config.parallel, config.seed)
+    with ExitStack() as stack:
+        if case.get("overlap"):  # as on a GPU
+            stack.enter_context(mock.patch.object(optimizer, "wrap", partial(optimizer.wrap, overlap=True)))
+        if case.get("padded"):  # one answer per micro-batch
+            stack.enter_context(mock.patch.object(batching, "distribute", one_each))
+        if case.get("float64"):  # Megatron's optimizer has no float64: gradients only
+            config.model.precision = "fp64"
+            stack.enter_context(mock.patch.object(optimizer, "wrap", wrap_float64))
+            stack.enter_context(mock.patch.object(optimizer, "make", lambda *_: (NoOptimizer(), mock.Mock())))
+        found = train(
+            config,
+            topology,
+            made_up_groups(**case.get("groups", {})),
+            old=not case.get("float64"),
+            length_multiple=case.get("length_multiple"),
+        )
+    parallel_state.destroy_model_parallel()
+    return found
+
+
+def one_each(sizes, costs, replicas: int, budget: int, *_) -> Packing:
+    """In place of batching.distribute: one item a micro-batch, dealt to the replicas."""
+    each = -(-len(sizes) // replicas)
+    bins = [[[i] if i < len(sizes) else [] for i in range(replica, replicas * each, replicas)] for replica in range(replicas)]
+    return Packing(bins, budget, 0)
+
+
+def train(config, topology, groups, old: bool, length_multiple: int | None) -> dict:
+    """old: recompute the old log-probs, which are float32; otherwise the sampler's serve. length_multiple: as batching.Layout's."""
+    model = policy.Policy(config, topology)
+    before, gradients = tensors(model.weights()), []
+    reduce = model.module.config.finalize_model_grads_func
+
+    def reduce_and_keep(chunks, *args, **kwargs) -> None:
+        reduce(chunks, *args, **kwargs)
+        gather_shards(chunks)
+        gradients.append(tensors(model.gathered(lambda parameter: parameter.main_grad)))
+
+    model.module.config.finalize_model_grads_func = reduce_and_keep
+    answers, numbers = exchange.table(groups[topology.rank :: topology.world_size])  # as if its engine had sampled them
+    layout = dataclasses.replace(model.layout(config.train.prompts_per_update), length_multiple=length_multiple)
+    settings = config.objective
+    weights = partial(objectives.weights, settings=settings)
+    plan = batching.plan(answers, layout, weights, settings.reduction, settings.reduction_constant, settings.ratio != "token")
+    mini_batches = model.receive(groups[topology.rank :: topology.world_size], numbers, plan)
+    batches = [batch for mini in mini_batches for batch in mini]
+    found = {"before": before, "gradients": gradients, "old": model.fill_old_logprobs(batches, settings)}
+    found["logprobs"] = {number: values for batch in batches for number, values in old_logprobs(batch)}
+    if not old:
+        model.copy_old_logprobs(batches)
+    objective = partial(loss, settings=settings)
+    found["updates"] = [model.update(mini, objective, objectives.METRICS) for mini in mini_batches]
+    found["after"] = tensors(model.weights())
+    found["slots"] = [mini.slots for mini in plan.mini_batches]
+    answers_here = [sum(len(batch.answers) for batch in mini) for mini in mini_batches]
+    found["answers"] = [None] * topology.world_size
+    dist.all_gather_object(found["answers"], answers_here)
+    return found
+
+
+def loss(inputs, settings):
+    """The objective, with every float of the batch in the precision of the log-probs."""
+    fields = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
+    return objectives.loss(
+        type(inputs)(**{n: t.to(inputs.logprobs.dtype) if t.is_floating_point() else t for n, t in fields.items()}), settings
+    )
+
+
+def old_logprobs(batch) -> list[tuple[int, torch.Tensor]]:
+    """Of each answer of the micro-batch, by its number."""
+    return [(number, batch.old_logprobs[(batch.answer_index == i) & (batch.loss_mask == 1)]) for i, number in enumerate(batch.answers)]
+
+
+def tensors(named) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in named}
+
+
+def gather_shards(chunks) -> None:
+    """The distributed optimizer leaves each rank the sum of its own shard of the gradients; here every rank gets all of them."""
+    for chunk in chunks:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            group = buffer.data_parallel_group
+            if not chunk.ddp_config.use_distributed_optimizer or dist.get_world_size(group) == 1:
+                continue
+            for bucket in buffer.buckets:
+                own = bucket.grad_data.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+
+
+class NoOptimizer:
+    """Takes gradients as they are and does nothing with them."""
+
+    param_groups = [{"lr": 0.0}]
+
+    def zero_grad(self) -> None:
+        pass
+
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss
+
+    def step(self) -> tuple[bool, float, int]:
+        return True, 0.0, 0
+
+
+def wrap_float64(module, config):
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=False, use_distributed_optimizer=False, overlap_grad_reduce=False)
+    return DistributedDataParallel(config, settings, module)
+
+
+if __name__ == "__main__":
+    main()
