@@ -86,16 +86,40 @@ def _redirect_megatron() -> None:
 
 
 def _redirect_experts() -> None:
-    """Let the token dispatcher do without streams, and the router without a matrix product of Transformer Engine's."""
+    """Let the token dispatcher do without streams, the router without a matrix product of Transformer Engine's, and gloo with parts of
+    unequal size, which experts get."""
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _Stream()
     if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 asks whether it is None, having defined it only where it is not
         moe_utils.te_general_gemm = None
-    torch.distributed.all_to_all_single = partial(_all_to_all_single, torch.distributed.all_to_all_single)
+    for name, stand_in in (("all_to_all_single", _all_to_all_single), ("all_gather", _all_gather), ("reduce_scatter", _reduce_scatter)):
+        setattr(torch.distributed, name, partial(stand_in, getattr(torch.distributed, name)))
 
 
 def _all_to_all_single(original, output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
     """gloo takes lists of split sizes; without a GPU to fetch them from, Megatron leaves them tensors."""
     sizes = (split.tolist() if torch.is_tensor(split) else split for split in (output_split_sizes, input_split_sizes))
     return original(output, input, *sizes, **kwargs)
+
+
+def _all_gather(original, tensor_list, tensor, group=None, async_op=False):
+    """gloo's parts are of one size: padded to the longest."""
+    lengths = [len(t) for t in tensor_list] if tensor.ndim else []
+    if len(set(lengths)) < 2:
+        return original(tensor_list, tensor, group=group, async_op=async_op)
+    padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    gathered = [torch.empty_like(padded) for _ in tensor_list]
+    original(gathered, padded, group=group)
+    for own, part in zip(tensor_list, gathered):
+        own.copy_(part[: len(own)])
+
+
+def _reduce_scatter(original, output, input_list, *args, group=None, **kwargs):
+    """gloo's parts are of one size: summed whole, and the own part taken."""
+    if len({len(t) for t in input_list}) < 2:
+        return original(output, input_list, *args, group=group, **kwargs)
+    whole = torch.cat(list(input_list))
+    torch.distributed.all_reduce(whole, group=group)
+    output.copy_(whole.split([len(t) for t in input_list])[torch.distributed.get_rank(group)])

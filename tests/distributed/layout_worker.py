@@ -25,13 +25,14 @@ from tests.support import made_up_groups
 
 def main() -> None:
     arguments = json.loads(Path(sys.argv[1]).read_text())
-    found = {case["name"]: run(case, arguments["config"]) for case in arguments["cases"]}
+    here = Path(arguments["output"]).parent
+    found = {case["name"]: run(case, arguments["config"], here) for case in arguments["cases"]}
     if dist.get_rank() == 0:
         torch.save(found, arguments["output"])
     policy.shutdown()
 
 
-def run(case: dict, file: str) -> dict:
+def run(case: dict, file: str, here: Path) -> dict:
     """The case's losses, gradients and, in float32, parameters; keys as in `train`."""
     config = load(file, [f"model.path={case['model']}", *case["overrides"]])
     topology = policy.initialize(config.parallel, config.seed)
@@ -44,13 +45,10 @@ def run(case: dict, file: str) -> dict:
             config.model.precision = "fp64"
             stack.enter_context(mock.patch.object(optimizer, "wrap", wrap_float64))
             stack.enter_context(mock.patch.object(optimizer, "make", lambda *_: (NoOptimizer(), mock.Mock())))
-        found = train(
-            config,
-            topology,
-            made_up_groups(**case.get("groups", {})),
-            old=not case.get("float64"),
-            length_multiple=case.get("length_multiple"),
-        )
+        checkpoint = {key: here / case[key] for key in ("save", "load") if key in case}
+        old = not case.get("float64") and not checkpoint
+        groups = made_up_groups(**case.get("groups", {}))
+        found = train(config, topology, groups, old, case.get("length_multiple"), **checkpoint)
     parallel_state.destroy_model_parallel()
     return found
 
@@ -62,9 +60,12 @@ def one_each(sizes, costs, replicas: int, budget: int, *_) -> Packing:
     return Packing(bins, budget, 0)
 
 
-def train(config, topology, groups, old: bool, length_multiple: int | None) -> dict:
-    """old: recompute the old log-probs, which are float32; otherwise the sampler's serve. length_multiple: as batching.Layout's."""
+def train(config, topology, groups, old: bool, length_multiple: int | None, save: Path | None = None, load: Path | None = None) -> dict:
+    """old: recompute the old log-probs, which are float32; otherwise the sampler's serve. length_multiple: as batching.Layout's. save,
+    load: the state after the first update, which `load` leaves out."""
     model = policy.Policy(config, topology)
+    if load:
+        model.load(load)
     before, gradients = tensors(model.weights()), []
     reduce = model.module.config.finalize_model_grads_func
 
@@ -86,7 +87,12 @@ def train(config, topology, groups, old: bool, length_multiple: int | None) -> d
     if not old:
         model.copy_old_logprobs(batches)
     objective = partial(loss, settings=settings)
-    found["updates"] = [model.update(mini, objective, objectives.METRICS) for mini in mini_batches]
+    found["updates"] = []
+    for number, mini in enumerate(mini_batches):
+        if not load or number > 0:
+            found["updates"].append(model.update(mini, objective, objectives.METRICS))
+        if save and number == 0:
+            model.save(save, {"step": 1})
     found["after"] = tensors(model.weights())
     found["slots"] = [mini.slots for mini in plan.mini_batches]
     answers_here = [sum(len(batch.answers) for batch in mini) for mini in mini_batches]

@@ -43,7 +43,7 @@ class Case:
     @property
     def precisions(self) -> list[str]:
         """Megatron's router has its softmax in float32, so that of experts float64 is none."""
-        return ["float32"] if self.model == "experts" or "overlap" in self.worker else ["float32", "float64"]
+        return ["float32"] if self.model == "experts" or {"overlap", "save", "load"} & self.worker.keys() else ["float32", "float64"]
 
 
 TP, PP, CP, VPP, EP, ETP = (
@@ -102,6 +102,15 @@ REFERENCES = {
     "untied few": Case(1, [ONE_PROMPT], worker=FEW),
 }
 
+# saved after the first update under one layout, loaded under another for the second
+CHECKPOINTS = {
+    "saved": Case(4, [PP2, VPP2, TP2, SP], worker={"save": "dense"}),
+    "loaded": Case(4, [CP2], worker={"load": "dense"}),
+    "saved experts": Case(4, [EP2, PP2], "experts", worker={"save": "experts"}),
+    "loaded experts": Case(4, [EP2, TP2, SP], "experts", worker={"load": "experts"}),
+}
+ALL = {**REFERENCES, **CASES, **CHECKPOINTS}
+
 
 class Launches:
     """What the cases of a world size gave, run when the first of them is asked for."""
@@ -111,7 +120,7 @@ class Launches:
         self._directory, self._found = directory, {}
 
     def __call__(self, name: str, precision: str) -> dict:
-        ranks = {**CASES, **REFERENCES}[name].ranks
+        ranks = ALL[name].ranks
         if ranks not in self._found:
             self._found[ranks] = None  # a launch that failed is not repeated
             self._found[ranks] = self._launch(ranks)
@@ -119,7 +128,7 @@ class Launches:
         return self._found[ranks][f"{name} {precision}"]
 
     def _launch(self, ranks: int) -> dict:
-        wanted = {name: case for name, case in {**REFERENCES, **CASES}.items() if case.ranks == ranks}
+        wanted = {name: case for name, case in ALL.items() if case.ranks == ranks}
         cases = [self._arguments(name, case, precision) for name, case in wanted.items() for precision in case.precisions]
         file, output = self._directory / "config.yaml", self._directory / f"{ranks}.pt"
         file.write_text(CONFIG)
@@ -171,6 +180,15 @@ def test_micro_batches_were_of_unequal_lengths(launches):
     """The case is what its name says."""
     first, second = launches("PP2 short micro-batches", "float32")["slots"]
     assert first != second
+
+
+@pytest.mark.parametrize("model", ["", " experts"])
+def test_a_checkpoint_goes_on_under_another_layout(model, launches):
+    """Weights, moments and step counts: the second update is the same (1e-5 relative), and so are the parameters after it (2e-6)."""
+    saved, loaded = launches(f"saved{model}", "float32"), launches(f"loaded{model}", "float32")
+    assert loaded["updates"][0] == pytest.approx(saved["updates"][1], rel=1e-5, abs=1e-7)
+    for key, tensor in saved["after"].items():
+        torch.testing.assert_close(loaded["after"][key], tensor, rtol=1e-5, atol=2e-6, msg=lambda m, n=key: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("model", MODELS)
