@@ -5,21 +5,9 @@ import torch.nn.functional as F
 
 from megatron_nft.config import Config, ParallelConfig
 from megatron_nft.errors import UserError
-from megatron_nft.policy import topology
+from megatron_nft.policy import settings, topology, versions
 from megatron_nft.policy.layers import PackedAttention, RMSNorm
 from megatron_nft.weights import load_huggingface, padded_vocab_size, table_for
-
-
-def precision_of(setting: str) -> str:
-    """ "bf16" or "fp32"; `auto` is bf16 where CUDA is present and fp32 elsewhere."""
-    if setting == "auto":
-        return "bf16" if torch.cuda.is_available() else "fp32"
-    return setting
-
-
-def dtype_of(setting: str) -> torch.dtype:
-    """The torch dtype of model.precision."""
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision_of(setting)]
 
 
 def check(config: Config, window: int) -> None:
@@ -65,9 +53,8 @@ def transformer_config(hf: dict, config: Config):
     """Megatron's TransformerConfig for a Qwen2 or Llama config."""
     from megatron.core.transformer import TransformerConfig
 
-    dtype, gpu = dtype_of(config.model.precision), torch.cuda.is_available()
-    recompute = config.train.recompute_granularity
-    return TransformerConfig(
+    gpu = torch.cuda.is_available()
+    own = dict(
         num_layers=hf["num_hidden_layers"],
         hidden_size=hf["hidden_size"],
         ffn_hidden_size=hf["intermediate_size"],
@@ -85,29 +72,18 @@ def transformer_config(hf: dict, config: Config):
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         sequence_parallel=config.parallel.sequence_parallel,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        recompute_granularity=recompute,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
         calculate_per_token_loss=True,  # gradients are summed over ranks; batching put the denominators into the loss
         perform_initialization=False,  # every weight is loaded
         use_cpu_initialization=not gpu,
-        gradient_accumulation_fusion=False,
+        **settings.transformer(config),
+    )
+    fusions = dict(
         bias_activation_fusion=gpu,
         masked_softmax_fusion=gpu,
         bias_dropout_fusion=gpu,
-        apply_rope_fusion=gpu and have_transformer_engine(),
-        persist_layer_norm=False,
+        apply_rope_fusion=gpu and versions.have_transformer_engine(),
     )
-
-
-def have_transformer_engine() -> bool:
-    """Whether Megatron-Core found Transformer Engine, and a GPU to run it."""
-    from megatron.core.models.gpt import gpt_layer_specs
-
-    return gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
+    return settings.complete("transformer", TransformerConfig, own, config, fusions)
 
 
 def block_spec(megatron):
@@ -115,8 +91,8 @@ def block_spec(megatron):
     RMSNorm and packed attention in place of its own (its norm refuses sequence parallelism, its attention packed input)."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    spec = get_gpt_decoder_block_spec(megatron, use_transformer_engine=have_transformer_engine(), normalization="RMSNorm")
-    if not have_transformer_engine():
+    spec = get_gpt_decoder_block_spec(megatron, use_transformer_engine=versions.have_transformer_engine(), normalization="RMSNorm")
+    if not versions.have_transformer_engine():
         spec.layer_norm = RMSNorm
         for layer in spec.layer_specs:
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -126,7 +102,7 @@ def block_spec(megatron):
 
 def kernels() -> str:
     """One line on the kernels in use."""
-    if have_transformer_engine():
+    if versions.have_transformer_engine():
         return "Transformer Engine layers (cuDNN or FlashAttention), TE FusedAdam"
     where = "CUDA" if torch.cuda.is_available() else "CPU"
     return f"Megatron-Core local layers on {where}, torch scaled_dot_product_attention over packed sequences, torch AdamW"

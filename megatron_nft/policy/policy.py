@@ -38,8 +38,8 @@ class Policy:
             self._fill(source)
         self.chunk = self.module
         if trainable:
-            self.chunk = optimizer.wrap(self.module, self.module.config)
-            self.optimizer, self.scheduler = optimizer.make(self.chunk, config.optimizer)
+            self.chunk = optimizer.wrap(self.module, config)
+            self.optimizer, self.scheduler = optimizer.make(self.chunk, config)
             self.module.config.grad_scale_func = self.optimizer.scale_loss
             self.module.config.finalize_model_grads_func = _sum_gradients
             self.module.config.no_sync_func = self.chunk.no_sync  # only the last micro-batch of an update starts the reduction
@@ -106,6 +106,8 @@ class Policy:
         """Megatron's pipeline schedule over the micro-batches; on_output(output, batch) on the last stage."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
+        if forward_only:
+            self._gather_parameters()
         return get_forward_backward_func()(
             forward_step_func=lambda iterator, chunk: self._forward(next(iterator), chunk, on_output),
             data_iterator=iter(batches),
@@ -115,6 +117,11 @@ class Policy:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+    def _gather_parameters(self) -> None:
+        """overlap_param_gather leaves the last update's parameters to the next update's forward pass; anyone else gathers them first."""
+        if self.chunk is not self.module and self.chunk.ddp_config.overlap_param_gather:
+            self.chunk.start_param_sync(force_sync=True)
 
     def _forward(self, batch: Batch, chunk, on_output):
         from megatron.core.packed_seq_params import PackedSeqParams
@@ -161,6 +168,7 @@ class Policy:
         """Every tensor under its Hugging Face name, full, on every rank; a collective: exhaust it on all ranks."""
         from megatron.core import parallel_state
 
+        self._gather_parameters()
         named = ((name, parameter.data) for name, parameter in self._named_parameters() if not self._is_tied_copy(name))
         tp, pp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
         return stream(named, self.table, tp, pp)
@@ -202,6 +210,7 @@ class Policy:
 
     def save(self, directory: Path, state: dict) -> None:
         """Write a complete checkpoint: model, optimizer, scheduler, RNG, and `state` (JSON) in the manifest."""
+        self._gather_parameters()
         checkpoint.save(directory, self, state)
 
     def load(self, directory: Path) -> dict:

@@ -20,11 +20,11 @@ optimizer: {lr: 1.0, adam_eps: 1.0, clip_grad: 1.0, weight_decay: 0.01}
 """
 
 
-def run(tmp_path: Path, model: Path, ranks: int, *overrides: str, overlap: bool = False) -> dict:
+def run(tmp_path: Path, model: Path, ranks: int, *overrides: str) -> dict:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.replace("PATH", str(model)))
     output = tmp_path / "out.pt"
-    run_ranks(WORKER, ranks, {"config": str(config), "overrides": list(overrides), "output": str(output), "overlap": overlap}, tmp_path)
+    run_ranks(WORKER, ranks, {"config": str(config), "overrides": list(overrides), "output": str(output)}, tmp_path)
     return torch.load(output)
 
 
@@ -39,9 +39,15 @@ def single(model, tmp_path_factory) -> dict:
 
 
 TP2, PP2, SP = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2", "parallel.sequence_parallel=true"
+OVERLAP = "parallel.overlap_grad_reduce=true"
 LAYOUTS = {
     "small micro-batches": (1, ["train.tokens_per_micro_batch=36"]),
     "recompute": (1, ["train.recompute_granularity=full"]),
+    "recompute of two layers": (1, ["train.recompute_granularity=full", "train.recompute_method=block", "train.recompute_num_layers=2"]),
+    "recompute of attention and MLP": (
+        1,
+        ["train.recompute_granularity=selective", "train.recompute_modules=[core_attn, mlp]"],
+    ),
     "TP2": (2, [TP2]),
     "TP2 SP": (2, [TP2, SP]),
     "PP2": (2, [PP2]),
@@ -50,9 +56,10 @@ LAYOUTS = {
 }
 
 
-def test_overlapped_reduction_with_uneven_updates(model, single, tmp_path):
+@pytest.mark.parametrize("overrides", [[OVERLAP], [OVERLAP, "parallel.overlap_param_gather=true"]], ids=["reduce", "reduce and gather"])
+def test_overlapped_reduction_with_uneven_updates(overrides, model, single, tmp_path):
     """What a GPU does: the reduction starts within the backward pass of the last micro-batch, of which updates have unequally many."""
-    got = run(tmp_path, model, 2, "train.tokens_per_micro_batch=36", overlap=True)
+    got = run(tmp_path, model, 2, "train.tokens_per_micro_batch=36", *overrides)
     for mine, reference in zip(got["updates"], single["updates"], strict=True):
         assert mine == pytest.approx(reference, rel=1e-5, abs=1e-7)
 

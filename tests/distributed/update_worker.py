@@ -9,7 +9,7 @@ import torch
 
 from megatron_nft import batching, objectives, policy
 from megatron_nft.config import Config, load
-from megatron_nft.policy import exchange, optimizer
+from megatron_nft.policy import exchange
 from tests.support import made_up_groups
 
 
@@ -17,8 +17,6 @@ def main() -> None:
     arguments = json.loads(Path(sys.argv[1]).read_text())
     config: Config = load(arguments["config"], arguments["overrides"])
     topology = policy.initialize(config.parallel, config.seed)
-    if arguments.get("overlap"):  # as on a GPU
-        optimizer.wrap = partial(optimizer.wrap, overlap=True)
     model = policy.Policy(config, topology)
     before = {name: tensor.clone() for name, tensor in model.weights()}
     # every rank holds some groups, as its engine would have sampled them

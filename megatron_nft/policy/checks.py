@@ -1,0 +1,95 @@
+"""What is refused before a model is built: settings against the model, the machine, the layout, and Megatron-Core's own rules."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from megatron_nft.config import Config
+from megatron_nft.errors import UserError
+from megatron_nft.policy import model, optimizer, settings, versions
+from megatron_nft.weights import load_huggingface
+
+
+def check(config: Config, window: int, training: bool = True) -> None:
+    """Raise UserError for a model that cannot be laid out, is not all there, or that this code would compute wrongly, and for settings
+    of training (unless `training` is false) that do not fit it, the machine or each other.
+
+    Nothing is allocated. window: tokens of the longest prompt with its answer.
+    """
+    model.check(config, window)
+    if not training:
+        return
+    hf = load_huggingface(config.model.path).config
+    _check_fp8(hf, config)
+    _check_optimizer(config)
+    _check_recompute(config)
+    with _refusals_reported():
+        transformer = model.transformer_config(hf, config)
+        optimizer.ddp_config(config)
+        optimizer.optimizer_config(config)
+    if transformer.gradient_accumulation_fusion and not versions.have_fused_accumulation():
+        raise UserError(
+            "megatron.transformer.gradient_accumulation_fusion is on, but neither Transformer Engine nor Apex's kernel for it is installed",
+            "leave it out",
+        )
+
+
+def _check_fp8(hf: dict, config: Config) -> None:
+    """FP8 multiplications have sides that divide by 16 (32 for mxfp8), on every rank."""
+    if config.model.fp8 is None:
+        return
+    if not versions.have_transformer_engine():
+        what = "Transformer Engine is not installed" if torch.cuda.is_available() else "there is no GPU"
+        raise UserError(f"model.fp8 is {config.model.fp8}, but {what}", "set model.fp8=null, or run where both are there")
+    if settings.precision_of(config.model.precision) != "bf16":
+        raise UserError(f"model.fp8 is {config.model.fp8} and the precision is not bf16", "set model.precision=bf16")
+    side = versions.fp8_side(config.model.fp8_recipe)
+    for name, size in _fp8_sizes(hf, config).items():
+        if size % side:
+            raise UserError(f"{name} is {size}, which model.fp8_recipe {config.model.fp8_recipe} asks to be a multiple of {side}",
+                            "change it, the layout or the recipe, or set model.fp8=null")  # fmt: skip
+
+
+def _fp8_sizes(hf: dict, config: Config) -> dict[str, float]:
+    """Rows and columns of the linear layers' operands on a rank, by what the user knows them as. A fraction divides by nothing."""
+    parallel, heads = config.parallel, hf["num_attention_heads"]
+    tp, cp = parallel.tensor_model_parallel_size, getattr(parallel, "context_parallel_size", 1)
+    head = hf.get("head_dim") or hf["hidden_size"] // heads
+    groups = hf.get("num_key_value_heads") or heads
+    cut = cp * (tp if parallel.sequence_parallel else 1)
+    return {
+        "the model's hidden size": hf["hidden_size"],
+        "the model's intermediate size on a tensor-parallel rank": hf["intermediate_size"] / tp,
+        "the width of a tensor-parallel rank's attention heads": heads * head / tp,
+        "the width of a tensor-parallel rank's queries, keys and values": (heads + 2 * groups) * head / tp,
+        "train.tokens_per_micro_batch on a rank": config.train.tokens_per_micro_batch / cut,
+    }
+
+
+def _check_optimizer(config: Config) -> None:
+    if config.optimizer.optimizer_cpu_offload and not torch.cuda.is_available():
+        raise UserError("optimizer.optimizer_cpu_offload is on, but there is no GPU to offload from", "set it to false")
+    if config.optimizer.use_precision_aware_optimizer and not versions.have_transformer_engine():
+        raise UserError(
+            "optimizer.use_precision_aware_optimizer is on, but Transformer Engine, whose FusedAdam it needs, is not in use",
+            "set it to false",
+        )
+
+
+def _check_recompute(config: Config) -> None:
+    """The checkpoint that drops its own output is written with Transformer Engine's names (0.16 and 0.19: NameError without)."""
+    for name in {"layernorm", "moe_act"} & set(config.train.recompute_modules or ()):
+        if not versions.have_transformer_engine():
+            raise UserError(
+                f"train.recompute_modules has {name}, but Transformer Engine is not in use", "leave it out; core_attn and mlp remain"
+            )
+
+
+@contextmanager
+def _refusals_reported() -> Iterator[None]:
+    """Megatron-Core's rules between its settings are in its config classes, which raise what Python has."""
+    try:
+        yield
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f"Megatron-Core {versions.version()} refuses these settings: {error}", "change what it names") from error
