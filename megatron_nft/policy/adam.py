@@ -11,9 +11,11 @@ class Adam(torch.optim.Optimizer):
     checkpoint of the optimizer does not load.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, capturable=False):
         if not adam_w_mode:
             raise ValueError("only decoupled weight decay (AdamW) is supported")
+        if capturable:
+            raise ValueError("there are no CUDA graphs on a CPU")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0))
 
     @torch.no_grad()
