@@ -35,7 +35,10 @@ def sft(config: Config) -> None:
             [batches] = model.pack(plan(chosen, config, topology.data_size), dict(enumerate(chosen)))
         with log.stage("train"):
             totals = model.update(batches, objectives.likelihood, ["terms_count", "nll_sum"])
-        log.add({f"train/{name}": totals[name] for name in ("loss", "grad_norm", "lr")}, tokens=totals["terms_count"])
+        log.add(
+            {f"train/{name}": totals[name] for name in ("loss", "grad_norm", "lr", "loss_scale") if name in totals},
+            tokens=totals["terms_count"],
+        )
         log.commit(step)
         if step == config.sft.steps or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
             with log.stage("checkpoint"):

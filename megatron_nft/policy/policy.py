@@ -84,7 +84,8 @@ class Policy:
         """One optimiser step on a mini-batch, given as this rank's micro-batches (equally many on every rank).
 
         names: the objective's metrics; their totals over all micro-batches and ranks are returned, with loss, grad_norm
-        (before clipping) and lr.
+        (before clipping) and lr. With fp16 also the loss_scale for the next update, and where the gradients overflowed there is no
+        grad_norm and no step, as Megatron has it: parameters, moments and the schedule stay.
         """
 
         def loss_of(output, batch: Batch):
@@ -98,9 +99,16 @@ class Policy:
         self.optimizer.zero_grad()
         results = self._run(batches, loss_of, forward_only=False)
         self.scheduler.step(increment=1)  # before the update, so that the first one of a warm-up has a learning rate
-        _, grad_norm, _ = self.optimizer.step()
-        totals = self._totals(results, ["loss", *names])
-        return {**totals, "grad_norm": float(grad_norm), "lr": self.optimizer.param_groups[0]["lr"]}
+        lr = self.optimizer.param_groups[0]["lr"]
+        applied, grad_norm, _ = self.optimizer.step()
+        if not applied:
+            self.scheduler.step(increment=-1)
+        totals = {**self._totals(results, ["loss", *names]), "lr": lr}
+        if applied:
+            totals["grad_norm"] = float(grad_norm)
+        if self.module.config.fp16:
+            totals["loss_scale"] = float(self.optimizer.get_loss_scale())
+        return totals
 
     def _run(self, batches: list[Batch], on_output, forward_only: bool) -> list[dict]:
         """Megatron's pipeline schedule over the micro-batches; on_output(output, batch) on the last stage."""
