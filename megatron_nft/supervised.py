@@ -28,7 +28,7 @@ def sft(config: Config) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         save(config, run_dir / "config.yaml")
     log = Logbook(run_dir, "sft", config.sft.steps, first_step, config.logging, asdict(config), enabled=topology.is_first)
-    log.note(f"{len(examples)} examples; {policy.kernels()}")
+    log.note(f"{len(examples)} examples; {policy.kernels(config)}")
     for step in range(first_step + 1, config.sft.steps + 1):
         with log.stage("batching"):
             chosen = [examples[i] for i in draw(len(examples), config.sft.sequences_per_update, step, config.seed)]

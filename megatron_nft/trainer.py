@@ -122,7 +122,7 @@ class Run:
         log = Logbook(
             config.run_dir, config.objective.name, config.train.steps, self.first_step, config.logging, asdict(config), enabled=first
         )
-        log.note(f"{len(self.cursor.prompts)} prompts; {policy.kernels()}")
+        log.note(f"{len(self.cursor.prompts)} prompts; {policy.kernels(config)}")
         if self.first_step:
             log.note(f"resumed after step {self.first_step}")
         return log

@@ -19,8 +19,8 @@ class Adam(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0))
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One update of every parameter that has a gradient."""
+    def step(self, closure=None, fused: bool | None = None):
+        """One update of every parameter that has a gradient, by one fused kernel on CUDA (or as `fused` says)."""
         for group in self.param_groups:
             group["step"] += 1
             params = [p for p in group["params"] if p.grad is not None]
@@ -28,7 +28,9 @@ class Adam(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             # torch's function counts the step itself, from a tensor per parameter
-            steps = [torch.tensor(float(group["step"] - 1)) for _ in params]
+            in_one = fused if fused is not None else bool(params) and params[0].is_cuda
+            where = params[0].device if in_one else "cpu"  # the fused kernel wants the step beside the parameters
+            steps = [torch.tensor(float(group["step"] - 1), device=where) for _ in params]
             adamw(
                 params,
                 [p.grad for p in params],
@@ -43,5 +45,6 @@ class Adam(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
-                foreach=True,
+                foreach=not in_one,
+                fused=in_one,
             )

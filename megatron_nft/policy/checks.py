@@ -20,6 +20,7 @@ def check(config: Config, window: int, training: bool = True) -> None:
     model.check(config, window)
     if not training:
         return
+    versions.quiet()
     hf = load_huggingface(config.model.path).config
     _check_fp8(hf, config)
     _check_optimizer(config)

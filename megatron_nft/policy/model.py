@@ -7,6 +7,7 @@ from megatron_nft.config import Config, ParallelConfig
 from megatron_nft.errors import UserError
 from megatron_nft.policy import settings, topology, versions
 from megatron_nft.policy.layers import PackedAttention, RMSNorm
+from megatron_nft.policy.varlen import VarlenAttention
 from megatron_nft.weights import load_huggingface, padded_vocab_size, table_for
 
 
@@ -96,16 +97,31 @@ def block_spec(megatron):
         spec.layer_norm = RMSNorm
         for layer in spec.layer_specs:
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-            layer.submodules.self_attention.submodules.core_attention = PackedAttention
+            layer.submodules.self_attention.submodules.core_attention = attention_module(megatron)
     return spec
 
 
-def kernels() -> str:
-    """One line on the kernels in use."""
+def attention_module(megatron) -> type:
+    """torch's varlen attention where it can run (16 bits, CUDA, no context parallelism), else our own."""
+    short = megatron.params_dtype in (torch.bfloat16, torch.float16)
+    return VarlenAttention if short and megatron.context_parallel_size == 1 and versions.have_varlen_attention() else PackedAttention
+
+
+def kernels(config: Config) -> str:
+    """One line on the kernels in use: layers, attention, norms, precision, optimizer."""
+    megatron = transformer_config(load_huggingface(config.model.path).config, config)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     if versions.have_transformer_engine():
-        return "Transformer Engine layers (cuDNN or FlashAttention), TE FusedAdam"
-    where = "CUDA" if torch.cuda.is_available() else "CPU"
-    return f"Megatron-Core local layers on {where}, torch scaled_dot_product_attention over packed sequences, torch AdamW"
+        layers = "Transformer Engine layers, norms and attention (FlashAttention or cuDNN, as it finds)"
+    else:
+        attention = "torch varlen_attn" if attention_module(megatron) is VarlenAttention else "torch scaled_dot_product_attention"
+        layers = f"local layers, {attention} over packed sequences"
+    precision = settings.precision_of(config.model.precision)
+    if config.model.fp8:
+        precision += f" and FP8 ({config.model.fp8}, {config.model.fp8_recipe})"
+    fused = versions.fused_adam() if torch.cuda.is_available() else None
+    adam = f"{fused}'s FusedAdam" if fused else "torch AdamW"
+    return f"Megatron-Core {versions.version()} on {where}: {layers}, {precision}, {adam}"
 
 
 def build(hf: dict, config: Config, pre_process: bool, post_process: bool):

@@ -1,7 +1,7 @@
 """Megatron's DDP and distributed optimizer around the model, and the learning-rate schedule."""
 
 from megatron_nft.config import Config
-from megatron_nft.policy import settings
+from megatron_nft.policy import settings, versions
 
 FOREVER = 10**9  # updates; the schedule is constant after the warm-up
 
@@ -37,6 +37,7 @@ def make(ddp_model, config: Config):
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+    versions.provide_adam()
     megatron, own = optimizer_config(config), config.optimizer
     optimizer = get_megatron_optimizer(megatron, [ddp_model], config_overrides={})
     for one in optimizer.chained_optimizers:  # moments from the start: a run may have to be saved before its first update

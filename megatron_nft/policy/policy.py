@@ -13,7 +13,7 @@ from megatron_nft.batching import Plan, TrainingAnswer, pack
 from megatron_nft.config import Config, ObjectiveConfig
 from megatron_nft.errors import UserError
 from megatron_nft.objectives import MISMATCH, Inputs, correction, summarize_mismatch
-from megatron_nft.policy import checkpoint, exchange, logprobs, model, optimizer
+from megatron_nft.policy import checkpoint, exchange, logprobs, model, optimizer, versions
 from megatron_nft.policy.topology import Topology, device
 from megatron_nft.trajectories import Batch, Group
 from megatron_nft.weights import HuggingFaceWeights, load_huggingface, read_json, save_huggingface, stream, table_for
@@ -177,7 +177,7 @@ class Policy:
         from megatron.core import parallel_state
 
         self._gather_parameters()
-        named = ((name, parameter.data) for name, parameter in self._named_parameters() if not self._is_tied_copy(name))
+        named = ((name, versions.values_of(parameter)) for name, parameter in self._named_parameters() if not self._is_tied_copy(name))
         tp, pp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
         return stream(named, self.table, tp, pp)
 
@@ -202,7 +202,7 @@ class Policy:
                     f"{name} is {tuple(local.shape)} in {source.directory}, the config asks for {tuple(parameter.shape)}",
                     "check config.json",
                 )
-            parameter.copy_(local)
+            versions.set_values(parameter, local)
 
     def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters of this stage, with global layer numbers."""

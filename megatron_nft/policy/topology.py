@@ -1,10 +1,8 @@
 """Ranks: torch.distributed, Megatron-Core's groups, and this rank's place in them. The one place for rank arithmetic."""
 
-import logging
 import os
 import socket
 import sys
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_nft.config import ParallelConfig
 from megatron_nft.errors import UserError
-from megatron_nft.policy import cpu
+from megatron_nft.policy import cpu, versions
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Topology:
     """
     check(parallel, world_size())
     start_distributed()
-    _quiet()
+    versions.quiet()
     cpu.adapt()
     from megatron.core import parallel_state, tensor_parallel
 
@@ -88,20 +86,6 @@ def initialize(parallel: ParallelConfig, seed: int) -> Topology:
         data_size=parallel_state.get_data_parallel_world_size(),
         replica_of_rank=tuple(int(r) for r in everyone),
     )
-
-
-def _quiet() -> None:
-    """Notices of Megatron-Core about its own inside, which the user can do nothing about."""
-    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
-    for message in (
-        "`torch.distributed",  # a name that torch calls deprecated
-        "The .grad attribute of a Tensor that is not a leaf",
-        "full scope is deprecated",
-        "`load_state_dict` is deprecated",
-        "Please use DTensor instead",
-        "(Transformer Engine and )?Apex (is|are) not installed",
-    ):
-        warnings.filterwarnings("ignore", message)
 
 
 def device() -> torch.device:

@@ -133,3 +133,16 @@ def test_fp8_with_odd_sizes(overrides, problem, read, path, pretend):
 
 def test_the_defaults_are_accepted(read):
     policy.check(read(), window=64)
+
+
+def test_the_line_on_kernels(read, pretend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(versions, "fused_adam", lambda: "Transformer Engine")
+    line = model.kernels(read("model.fp8=hybrid", "megatron.transformer.apply_rope_fusion=false"))
+    assert line.startswith(f"Megatron-Core {versions.version()} on a GPU: Transformer Engine layers")
+    assert line.endswith("bf16 and FP8 (hybrid, tensorwise), Transformer Engine's FusedAdam")
+    monkeypatch.setattr(versions, "have_transformer_engine", lambda: False)
+    monkeypatch.setattr(versions, "fused_adam", lambda: None)
+    assert "local layers, torch varlen_attn over packed sequences, bf16, torch AdamW" in model.kernels(read())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert model.kernels(read("model.precision=fp16")).endswith("scaled_dot_product_attention over packed sequences, fp16, torch AdamW")
