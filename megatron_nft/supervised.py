@@ -27,7 +27,8 @@ def sft(config: Config) -> None:
     if topology.is_first:
         run_dir.mkdir(parents=True, exist_ok=True)
         save(config, run_dir / "config.yaml")
-    log = Logbook(run_dir, "sft", config.sft.steps, first_step, config.logging, asdict(config), enabled=topology.is_first)
+    log = Logbook(run_dir, "sft", config.sft.steps, first_step, config.logging, asdict(config), enabled=topology.is_first,
+                  meter=policy.PeakMemory())  # fmt: skip
     log.note(f"{len(examples)} examples; {policy.kernels(config)}")
     for step in range(first_step + 1, config.sft.steps + 1):
         with log.stage("batching"):

@@ -146,6 +146,7 @@ _CHOICES = {
     "objective.correction.level": ("token", "sequence", "geometric"),
     "reward.truncated": ("wrong", "mask", "drop"),
     "train.old_logprobs": ("recompute", "rollout"),
+    "train.offload": ("none", "gradients", "optimizer", "all"),
     "train.recompute_granularity": (None, "full", "selective"),
     "train.recompute_method": (None, "uniform", "block"),
     "optimizer.main_grads_dtype": ("fp32", "bf16"),

@@ -162,6 +162,8 @@ class TrainConfig:
     prompts_per_update: int = 16  # a mini-batch: groups per optimiser update
     tokens_per_micro_batch: int = 4096  # fixed length of a packed micro-batch, per rank
     old_logprobs: str = "recompute"  # recompute (a Megatron forward pass) | rollout (the sampler's)
+    # what leaves the GPU while vLLM generates: none | gradients | optimizer: these and its state | all: these and the parameters
+    offload: str = "none"
     # activations that the backward pass makes again: Megatron's names
     recompute_granularity: str | None = None  # None | full: whole layers | selective: recompute_modules
     recompute_method: str | None = None  # of full: uniform (default): in runs of recompute_num_layers | block: the first so many

@@ -14,6 +14,7 @@ from megatron_nft.config import Config, ObjectiveConfig
 from megatron_nft.errors import UserError
 from megatron_nft.objectives import MISMATCH, Inputs, correction, summarize_mismatch
 from megatron_nft.policy import checkpoint, exchange, logprobs, model, optimizer, versions
+from megatron_nft.policy.offload import LEVELS, Offload
 from megatron_nft.policy.topology import Topology, device
 from megatron_nft.trajectories import Batch, Group
 from megatron_nft.weights import HuggingFaceWeights, load_huggingface, read_json, save_huggingface, stream, table_for
@@ -36,10 +37,11 @@ class Policy:
         self.module = model.build(self.hf, config, pre_process=first, post_process=last)
         if source:
             self._fill(source)
-        self.chunk = self.module
+        self.chunk, self._offload = self.module, None
         if trainable:
             self.chunk = optimizer.wrap(self.module, config)
             self.optimizer, self.scheduler = optimizer.make(self.chunk, config)
+            self._offload = Offload([self.chunk], self.optimizer)
             self.module.config.grad_scale_func = self.optimizer.scale_loss
             self.module.config.finalize_model_grads_func = _sum_gradients
             self.module.config.no_sync_func = self.chunk.no_sync  # only the last micro-batch of an update starts the reduction
@@ -95,6 +97,7 @@ class Policy:
             loss, metrics = objective(inputs)
             return loss, torch.zeros((), dtype=torch.int), {"loss": loss.detach(), **metrics}
 
+        self._come_back()
         self.chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(batches, loss_of, forward_only=False)
@@ -128,6 +131,7 @@ class Policy:
 
     def _gather_parameters(self) -> None:
         """overlap_param_gather leaves the last update's parameters to the next update's forward pass; anyone else gathers them first."""
+        self._come_back()
         if self.chunk is not self.module and self.chunk.ddp_config.overlap_param_gather:
             self.chunk.start_param_sync(force_sync=True)
 
@@ -170,13 +174,34 @@ class Policy:
             totals.update(zip(kind, local.tolist()))
         return totals
 
+    # ---- memory
+
+    def offload(self) -> None:
+        """Move what config.train.offload names off the device. Whatever needs it next brings it back, bit for bit."""
+        self._offload.leave(LEVELS[self.config.train.offload])
+
+    def hand_over(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """weights() for a sampler on the same device: what it needs no more of this policy leaves first, the parameters with the end of
+        the stream, before the sampler takes the memory for its cache."""
+        self._gather_parameters()
+        self._offload.leave(kind for kind in LEVELS[self.config.train.offload] if kind != "parameters")
+        yield from self._stream()
+        self.offload()
+
+    def _come_back(self) -> None:
+        if self._offload is not None:
+            self._offload.come_back()
+
     # ---- weights
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor under its Hugging Face name, full, on every rank; a collective: exhaust it on all ranks."""
+        self._gather_parameters()
+        return self._stream()
+
+    def _stream(self) -> Iterator[tuple[str, torch.Tensor]]:
         from megatron.core import parallel_state
 
-        self._gather_parameters()
         named = ((name, versions.values_of(parameter)) for name, parameter in self._named_parameters() if not self._is_tied_copy(name))
         tp, pp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
         return stream(named, self.table, tp, pp)
@@ -223,6 +248,7 @@ class Policy:
 
     def load(self, directory: Path) -> dict:
         """Fill model, optimizer, scheduler and RNG from a checkpoint; returns its `state`."""
+        self._come_back()
         return checkpoint.load(directory, self)
 
 

@@ -47,7 +47,7 @@ def version() -> str:
     """Megatron-Core's version as imported (a copy on PYTHONPATH hides the installed one)."""
     import megatron.core
 
-    return megatron.core.__version__
+    return megatron.core.__version__.partition("+")[0]  # without the commit it was built from
 
 
 def have_transformer_engine() -> bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_nft.policy import versions
 from tests.support import made_up_groups, run_ranks, tiny_model
 
 WORKER = Path(__file__).with_name("update_worker.py")
@@ -35,7 +36,9 @@ def model(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(model, tmp_path_factory) -> dict:
-    return run(tmp_path_factory.mktemp("single"), model, 1)
+    got = run(tmp_path_factory.mktemp("single"), model, 1)
+    assert got["megatron"] == versions.version()  # ranks run the Megatron-Core that this process would
+    return got
 
 
 TP2, PP2, SP = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2", "parallel.sequence_parallel=true"

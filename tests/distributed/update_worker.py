@@ -9,8 +9,17 @@ import torch
 
 from megatron_nft import batching, objectives, policy
 from megatron_nft.config import Config, load
-from megatron_nft.policy import exchange
+from megatron_nft.policy import exchange, versions
 from tests.support import made_up_groups
+
+
+def bytes_of(model: policy.Policy) -> list[int]:
+    """Of the storages that are behind gradients, parameters and Adam's state, float32 copies included."""
+    [adam] = model.optimizer.chained_optimizers
+    state = [value for values in adam.optimizer.state.values() for value in values.values()]
+    state += [p for group in adam.optimizer.param_groups for p in group["params"]]
+    kinds = ([b.grad_data for b in model.chunk.buffers], [b.param_data for b in model.chunk.buffers], state)
+    return [sum(tensor.untyped_storage().nbytes() for tensor in tensors) for tensors in kinds]
 
 
 def main() -> None:
@@ -34,11 +43,17 @@ def main() -> None:
     out = {
         "old": model.fill_old_logprobs([b for batches in mini_batches for b in batches], config.objective),
         "updates": [],
+        "left": [],  # bytes of gradients, parameters and optimizer state before and after every update
         "before": before,
+        "megatron": versions.version(),
     }
     objective = partial(objectives.loss, settings=config.objective)
     for batches in mini_batches:
+        model.offload()
+        out["left"].append(bytes_of(model))
         out["updates"].append(model.update(batches, objective, objectives.METRICS))
+        list(model.hand_over())  # as to a sampler on the same device
+        out["left"].append(bytes_of(model))
     out["after"] = {name: tensor.clone() for name, tensor in model.weights()}
     if topology.is_first:
         torch.save(out, arguments["output"])

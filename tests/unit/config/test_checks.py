@@ -18,6 +18,7 @@ NAMES = {
     "objective.correction.level": (["token", "sequence", "geometric"], "word"),
     "reward.truncated": (["wrong", "mask", "drop"], "keep"),
     "train.old_logprobs": (["recompute", "rollout"], "none"),
+    "train.offload": (["none", "gradients", "optimizer", "all"], "params"),
     "train.recompute_granularity": ([None, "full", "selective"], "layers"),
     "logging.wandb": (["disabled", "offline", "online"], "on"),
 }
