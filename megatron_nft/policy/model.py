@@ -82,9 +82,14 @@ def transformer_config(hf: dict, config: Config):
         bias_activation_fusion=gpu,
         masked_softmax_fusion=gpu,
         bias_dropout_fusion=gpu,
-        apply_rope_fusion=gpu and versions.have_transformer_engine(),
+        apply_rope_fusion=gpu and by_transformer_engine(settings.dtype_of(config.model.precision)),
     )
     return settings.complete("transformer", TransformerConfig, own, config, fusions)
+
+
+def by_transformer_engine(dtype: torch.dtype) -> bool:
+    """Whether the layers are Transformer Engine's: where it is, and in 16 bits (its attention over packed sequences knows no float32)."""
+    return dtype != torch.float32 and versions.have_transformer_engine()
 
 
 def block_spec(megatron):
@@ -92,29 +97,33 @@ def block_spec(megatron):
     RMSNorm and packed attention in place of its own (its norm refuses sequence parallelism, its attention packed input)."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    spec = get_gpt_decoder_block_spec(megatron, use_transformer_engine=versions.have_transformer_engine(), normalization="RMSNorm")
-    if not versions.have_transformer_engine():
+    spec = get_gpt_decoder_block_spec(
+        megatron, use_transformer_engine=by_transformer_engine(megatron.params_dtype), normalization="RMSNorm"
+    )
+    if not by_transformer_engine(megatron.params_dtype):
         spec.layer_norm = RMSNorm
         for layer in spec.layer_specs:
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-            layer.submodules.self_attention.submodules.core_attention = attention_module(megatron)
+            layer.submodules.self_attention.submodules.core_attention = attention_module(
+                megatron.params_dtype, megatron.context_parallel_size
+            )
     return spec
 
 
-def attention_module(megatron) -> type:
+def attention_module(dtype: torch.dtype, context_parallel_size: int) -> type:
     """torch's varlen attention where it can run (16 bits, CUDA, no context parallelism), else our own."""
-    short = megatron.params_dtype in (torch.bfloat16, torch.float16)
-    return VarlenAttention if short and megatron.context_parallel_size == 1 and versions.have_varlen_attention() else PackedAttention
+    short = dtype in (torch.bfloat16, torch.float16)
+    return VarlenAttention if short and context_parallel_size == 1 and versions.have_varlen_attention() else PackedAttention
 
 
 def kernels(config: Config) -> str:
     """One line on the kernels in use: layers, attention, norms, precision, optimizer."""
-    megatron = transformer_config(load_huggingface(config.model.path).config, config)
+    dtype, cp = settings.dtype_of(config.model.precision), getattr(config.parallel, "context_parallel_size", 1)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    if versions.have_transformer_engine():
+    if by_transformer_engine(dtype):
         layers = "Transformer Engine layers, norms and attention (FlashAttention or cuDNN, as it finds)"
     else:
-        attention = "torch varlen_attn" if attention_module(megatron) is VarlenAttention else "torch scaled_dot_product_attention"
+        attention = "torch varlen_attn" if attention_module(dtype, cp) is VarlenAttention else "torch scaled_dot_product_attention"
         layers = f"local layers, {attention} over packed sequences"
     precision = settings.precision_of(config.model.precision)
     if config.model.fp8:

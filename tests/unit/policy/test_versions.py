@@ -75,7 +75,7 @@ def test_equal_to_packed_attention_but_for_the_padding(monkeypatch):
 )
 def test_which_attention(dtype, cp, gpu, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert model.attention_module(SimpleNamespace(params_dtype=dtype, context_parallel_size=cp)) is chosen
+    assert model.attention_module(dtype, cp) is chosen
 
 
 def test_the_fused_norm_is_the_same_norm(monkeypatch):
