@@ -1,5 +1,6 @@
 # make demo    installs what is missing, runs NFT end to end on this machine, prints the result
 # make test    installs what is missing, runs the tests
+# make test-gpu PYTHON=python3    the tests that need a GPU, with the packages that are there
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -8,7 +9,7 @@ DEMO_ARGS ?=
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: setup demo test test-fast test-long reproduce reproduce-quick lint clean
+.PHONY: setup demo test test-fast test-long test-gpu reproduce reproduce-quick lint clean
 
 setup: $(VENV)/installed
 
@@ -40,6 +41,11 @@ test-fast: setup
 
 test-long: setup
 	MEGATRON_NFT_LONG=1 $(RUN) -m pytest tests/unit tests/distributed tests/end_to_end
+
+# on a machine with a GPU: installs nothing; PYTHON and PYTHONPATH say where the packages are
+test-gpu:
+	@$(PYTHON) tests/gpu/needed.py
+	$(PYTHON) -m pytest tests/gpu
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -76,7 +76,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from megatron_nft.evaluation import evaluate_model
 
     settings.parallel = config.ParallelConfig()  # of the trainer, which evaluation does without
-    policy.check(settings, config.max_model_len(settings))
+    policy.check(settings, config.max_model_len(settings), training=False)
     policy.start_distributed()
     try:
         evaluate_model(settings, policy.precision_of(settings.model.precision))

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self, TextIO
+from typing import Protocol, Self, TextIO
 
 from tqdm import tqdm
 
@@ -22,16 +22,29 @@ from megatron_nft.errors import UserError
 METRICS = "metrics.jsonl"
 
 
+class Meter(Protocol):
+    """Measures the peak of the memory in use."""
+
+    def start(self) -> None:
+        """Begin anew."""
+
+    def peak(self) -> int:
+        """Bytes at most since the start."""
+
+
 class Logbook:
     """The log of one training run. Use it as a context manager, or call `close` at the end.
 
     first_step: the step of the checkpoint that the run continues from; later rows of an earlier attempt are cut off.
     0 starts the file anew. enabled: False on every rank but 0; then only the stages are timed.
     config: the resolved config, for Weights & Biases. stream: standard output by default; a terminal gets the bar.
+    meter: starts anew with every stage, and then tells its peak in bytes, for memory/<phase>; None: no such metrics.
     """
 
     def __init__(self, run_dir: str | Path, title: str, total_steps: int, first_step: int = 0, wandb: LoggingConfig | None = None,
-                 config: dict | None = None, enabled: bool = True, stream: TextIO | None = None):  # fmt: skip
+                 config: dict | None = None, enabled: bool = True, stream: TextIO | None = None,
+                 meter: Meter | None = None):  # fmt: skip
+        self._meter = meter if enabled else None
         self.title, self.total_steps, self.first_step, self.enabled = title, total_steps, first_step, enabled
         self.row: dict[str, float] = {}
         self._row_started: float | None = None  # set by the first stage, so that start-up is not part of a step
@@ -60,7 +73,8 @@ class Logbook:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the seconds spent inside to time/<name>. A stage inside another belongs to the outer one."""
+        """Add the seconds spent inside to time/<name>, and take the memory's peak for memory/<name>. A stage inside another belongs to
+        the outer one."""
         if self._in_stage:
             yield
             return
@@ -69,10 +83,14 @@ class Logbook:
         self._in_stage, self._elsewhere = True, 0.0
         if self._bar is not None:
             self._bar.set_description_str(f"{self.title} [{name}]")
+        if self._meter is not None:
+            self._meter.start()
         try:
             yield
         finally:
             self._in_stage = False
+            if self._meter is not None:
+                self.row[f"memory/{name}"] = max(self.row.get(f"memory/{name}", 0), self._meter.peak())
             self._count(name, time.perf_counter() - started - self._elsewhere)
 
     def count_as(self, name: str, seconds: float) -> None:

@@ -332,16 +332,20 @@ def summarize(updates: list[dict[str, float]], clip_grad: float) -> dict[str, fl
 
     clipped_updates: share of the updates whose gradient norm was above clip_grad. clip_share_*: share of the terms of right or wrong
     answers that the objective's clip cut. *coefficient: mean c (the correction included) of all terms, of right and of wrong ones.
+    skipped_updates: how many had no step because their fp16 gradients overflowed (they have no gradient norm).
     """
     if not updates:
         return {}
     total = {name: sum(u[name] for u in updates) for name in METRICS}
     terms, right, wrong = (max(total[name], 1e-9) for name in ("terms_count", "right_count", "wrong_count"))
-    norms = [u["grad_norm"] for u in updates]
+    norms = [u["grad_norm"] for u in updates if "grad_norm" in u]
+    scale = {"loss_scale": updates[-1]["loss_scale"]} if "loss_scale" in updates[-1] else {}
     return {
         "loss": sum(u["loss"] for u in updates) / len(updates),
-        "grad_norm": sum(norms) / len(norms),
-        "clipped_updates": sum(norm > clip_grad > 0 for norm in norms) / len(norms),
+        **({"grad_norm": sum(norms) / len(norms)} if norms else {}),
+        **scale,
+        "skipped_updates": len(updates) - len(norms),
+        "clipped_updates": sum(norm > clip_grad > 0 for norm in norms) / len(updates),
         "lr": updates[-1]["lr"],
         "updates": len(updates),
         "ratio_mean": total["ratio_sum"] / terms,

@@ -27,15 +27,19 @@ def sft(config: Config) -> None:
     if topology.is_first:
         run_dir.mkdir(parents=True, exist_ok=True)
         save(config, run_dir / "config.yaml")
-    log = Logbook(run_dir, "sft", config.sft.steps, first_step, config.logging, asdict(config), enabled=topology.is_first)
-    log.note(f"{len(examples)} examples; {policy.kernels()}")
+    log = Logbook(run_dir, "sft", config.sft.steps, first_step, config.logging, asdict(config), enabled=topology.is_first,
+                  meter=policy.PeakMemory())  # fmt: skip
+    log.note(f"{len(examples)} examples; {policy.kernels(config)}")
     for step in range(first_step + 1, config.sft.steps + 1):
         with log.stage("batching"):
             chosen = [examples[i] for i in draw(len(examples), config.sft.sequences_per_update, step, config.seed)]
             [batches] = model.pack(plan(chosen, model.layout(len(chosen))), dict(enumerate(chosen)))
         with log.stage("train"):
             totals = model.update(batches, objectives.likelihood, ["terms_count", "nll_sum"])
-        log.add({f"train/{name}": totals[name] for name in ("loss", "grad_norm", "lr")}, tokens=totals["terms_count"])
+        log.add(
+            {f"train/{name}": totals[name] for name in ("loss", "grad_norm", "lr", "loss_scale") if name in totals},
+            tokens=totals["terms_count"],
+        )
         log.commit(step)
         if step == config.sft.steps or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
             with log.stage("checkpoint"):

@@ -31,7 +31,7 @@ def train(config: Config) -> None:
             with run.log.stage("train"):  # NFT: L = - sum w(q) [r log R + (1 - r) log max_v((1 - r̂ R) / (1 - r̂), eps)]
                 updates = [run.update(batches, on_policy=number == 0) for number, batches in enumerate(mini_batches)]
             with run.log.stage("sync"):  # pi_old <- pi_theta
-                run.sampler.sync(run.policy.weights(), version=step)
+                run.sampler.sync(run.policy.hand_over(), version=step)
             run.finish_step(step, updates, measured)
         run.finish()
 
@@ -100,13 +100,14 @@ class Run:
             self.first_step, self.tokens = state["step"], state["tokens"]
             self.cursor.load_state_dict(state["cursor"])
         self.log = self._open.enter_context(self._open_log())
+        self.policy.offload()  # the engine measures the memory that is free
         precision = policy.precision_of(config.model.precision)
         self.engine = rollout.Engine(config.model.path, config.rollout, max_model_len(config), precision, config.seed)
         self._open.callback(self.engine.close)
         if self.engine.rounds_head:
             self.log.note("this vLLM rounds its logits to 16 bits (it has no head_dtype), the trainer does not: watch logprob_difference")
         self.sampler = rollout.Sampler(self.engine, self.judge, self.cursor, config)
-        self.sampler.sync(self.policy.weights(), version=self.first_step)
+        self.sampler.sync(self.policy.hand_over(), version=self.first_step)
 
     def __enter__(self) -> Self:
         if self.first_step == 0 and self.config.evaluation.interval and self._validate(0):
@@ -122,9 +123,16 @@ class Run:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             save(config, self.run_dir / "config.yaml")
         log = Logbook(
-            config.run_dir, config.objective.name, config.train.steps, self.first_step, config.logging, asdict(config), enabled=first
+            config.run_dir,
+            config.objective.name,
+            config.train.steps,
+            self.first_step,
+            config.logging,
+            asdict(config),
+            enabled=first,
+            meter=policy.PeakMemory(),
         )
-        log.note(f"{len(self.cursor.prompts)} prompts; {policy.kernels()}")
+        log.note(f"{len(self.cursor.prompts)} prompts; {policy.kernels(config)}")
         if self.first_step:
             log.note(f"resumed after step {self.first_step}")
         return log

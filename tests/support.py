@@ -123,6 +123,7 @@ def run_ranks(worker: Path, ranks: int, arguments: dict, tmp_path: Path, timeout
         command[1:1] = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0", "--rdzv-backend=c10d",
                         "--rdzv-endpoint=127.0.0.1:0"]  # fmt: skip
         command.remove("--master-port=0")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    paths = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])  # what the caller puts first stays first
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"{ranks} ranks failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"

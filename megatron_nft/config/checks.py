@@ -2,6 +2,7 @@
 
 import math
 
+from megatron_nft.config import megatron
 from megatron_nft.config.objective import AUTHORS_DAPO, OWN_SETTINGS, POLICY_GRADIENT, PUBLISHED
 from megatron_nft.config.settings import Config, value_of
 from megatron_nft.errors import UserError
@@ -36,6 +37,7 @@ def _check_pairs(config: Config) -> None:
     _check_correction(config)
     _check_groups(config)
     _check_batches(config)
+    megatron.check(config)
 
 
 def _check_objective(config: Config) -> None:
@@ -140,7 +142,9 @@ def _check_batches(config: Config) -> None:
 
 
 _CHOICES = {
-    "model.precision": ("auto", "bf16", "fp32"),
+    "model.precision": ("auto", "bf16", "fp16", "fp32"),
+    "model.fp8": (None, "hybrid", "e4m3"),
+    "model.fp8_recipe": ("tensorwise", "delayed", "blockwise", "mxfp8"),
     "objective.name": tuple(PUBLISHED),
     "objective.ratio": ("token", "sequence", "geometric"),
     "objective.reduction": ("constant", "token-mean", "sequence-mean"),
@@ -148,10 +152,16 @@ _CHOICES = {
     "objective.correction.level": ("token", "sequence", "geometric"),
     "reward.truncated": ("wrong", "mask", "drop"),
     "train.old_logprobs": ("recompute", "rollout"),
-    "train.recompute_granularity": (None, "full"),
+    "train.offload": ("none", "gradients", "optimizer", "all"),
+    "train.recompute_granularity": (None, "full", "selective"),
+    "train.recompute_method": (None, "uniform", "block"),
+    "optimizer.main_grads_dtype": ("fp32", "bf16"),
+    "optimizer.main_params_dtype": ("fp32", "fp16"),
+    "optimizer.exp_avg_dtype": ("fp32", "fp16", "bf16", "fp8"),
+    "optimizer.exp_avg_sq_dtype": ("fp32", "fp16", "bf16", "fp8"),
     "logging.wandb": ("disabled", "offline", "online"),
 }
-_SHARES = ("rollout.top_p", "evaluation.top_p", "rollout.gpu_memory_utilization")
+_SHARES = ("rollout.top_p", "evaluation.top_p", "rollout.gpu_memory_utilization", "optimizer.optimizer_offload_fraction")
 _LEAST = {
     "seed": 0,
     "parallel.tensor_model_parallel_size": 1,
@@ -183,6 +193,13 @@ _LEAST = {
     "optimizer.adam_eps": 0.0,
     "optimizer.weight_decay": 0.0,
     "optimizer.clip_grad": 0.0,
+    "optimizer.initial_loss_scale": 1.0,
+    "optimizer.min_loss_scale": 1e-12,
+    "optimizer.loss_scale_window": 1,
+    "optimizer.hysteresis": 1,
+    "model.num_layers_at_start_in_bf16": 0,
+    "model.num_layers_at_end_in_bf16": 0,
+    "train.recompute_num_layers": 1,
     "train.steps": 0,
     "train.sampled_tokens": 1,
     "train.prompts_per_update": 1,

@@ -13,7 +13,15 @@ from megatron_nft.config import objective
 @dataclass
 class ModelConfig:
     path: str = MISSING  # Hugging Face directory: config.json, safetensors, tokenizer
-    precision: str = "auto"  # auto (bf16 with CUDA, fp32 without) | bf16 | fp32
+    precision: str = "auto"  # auto (bf16 with CUDA, fp32 without) | bf16 | fp16 (dynamic loss scale) | fp32
+    # FP8 in the linear layers, by Transformer Engine: Megatron's names
+    fp8: str | None = None  # hybrid (e4m3 forward, e5m2 gradients) | e4m3
+    # tensorwise (scales of the tensor at hand) | delayed (of the last updates) | blockwise | mxfp8 (Blackwell)
+    fp8_recipe: str = "tensorwise"
+    fp8_param_gather: bool = False  # parameters are kept and gathered in FP8 (Megatron's fp8_param)
+    first_last_layers_bf16: bool = False
+    num_layers_at_start_in_bf16: int = 1  # with first_last_layers_bf16
+    num_layers_at_end_in_bf16: int = 1
 
 
 @dataclass
@@ -28,6 +36,8 @@ class ParallelConfig:
     context_parallel_size: int = 1  # ranks that share each sequence, for long ones; it is padded to a multiple of twice this
     expert_model_parallel_size: int = 1  # mixtures of experts: ranks the experts are dealt to
     expert_tensor_parallel_size: int | None = None  # ranks each expert is cut over; default: tensor_model_parallel_size
+    overlap_grad_reduce: bool | None = None  # gradients are reduced while the backward pass runs; default: with CUDA
+    overlap_param_gather: bool = False  # updated parameters are gathered while the next forward pass runs
 
 
 @dataclass
@@ -135,6 +145,19 @@ class OptimizerConfig:
     adam_eps: float = 1e-8
     weight_decay: float = 0.1
     clip_grad: float = 1.0
+    # where and how its state is kept: Megatron's names
+    optimizer_cpu_offload: bool = False  # the state lives on the host, which makes that part of the update, too
+    optimizer_offload_fraction: float = 1.0  # of the parameters, with optimizer_cpu_offload
+    use_precision_aware_optimizer: bool = False  # the four dtypes below; needs Transformer Engine's FusedAdam
+    main_grads_dtype: str = "fp32"  # fp32 | bf16
+    main_params_dtype: str = "fp32"  # fp32 | fp16
+    exp_avg_dtype: str = "fp32"  # fp32 | fp16 | bf16 | fp8
+    exp_avg_sq_dtype: str = "fp32"  # fp32 | fp16 | bf16 | fp8
+    # of model.precision fp16
+    initial_loss_scale: float = 2.0**16
+    min_loss_scale: float = 1.0
+    loss_scale_window: int = 1000  # updates without an overflow until the scale doubles
+    hysteresis: int = 2  # updates with an overflow until the scale halves
 
 
 @dataclass
@@ -146,7 +169,22 @@ class TrainConfig:
     old_logprobs: str = "recompute"  # recompute (a Megatron forward pass) | rollout (the sampler's)
     # of that pass, which keeps no activations: as many micro-batches at a time as fit; None: one
     logprob_tokens_per_micro_batch: int | None = None
-    recompute_granularity: str | None = None  # Megatron's: None | full
+    # what leaves the GPU while vLLM generates: none | gradients | optimizer: these and its state | all: these and the parameters
+    offload: str = "none"
+    # activations that the backward pass makes again: Megatron's names
+    recompute_granularity: str | None = None  # None | full: whole layers | selective: recompute_modules
+    recompute_method: str | None = None  # of full: uniform (default): in runs of recompute_num_layers | block: the first so many
+    recompute_num_layers: int | None = None  # of full; default 1
+    recompute_modules: list[str] | None = None  # of selective: core_attn (default), layernorm, mlp, moe, moe_act, shared_experts
+
+
+@dataclass
+class MegatronConfig:
+    """Fields of Megatron-Core's config classes that have no setting above, under Megatron's names; dtypes as fp32, bf16, fp16."""
+
+    transformer: dict[str, Any] = field(default_factory=dict)  # TransformerConfig
+    ddp: dict[str, Any] = field(default_factory=dict)  # DistributedDataParallelConfig
+    optimizer: dict[str, Any] = field(default_factory=dict)  # OptimizerConfig
 
 
 @dataclass
@@ -199,6 +237,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -216,5 +255,11 @@ def max_model_len(config: Config) -> int:
 
 
 def value_of(config: Config, key: str) -> Any:
-    """The value of a dotted key; indices reach into lists."""
-    return reduce(lambda at, part: at[int(part)] if isinstance(at, list) else getattr(at, part), key.split("."), config)
+    """The value of a dotted key; indices reach into lists, names into mappings."""
+    return reduce(_step_into, key.split("."), config)
+
+
+def _step_into(at: Any, part: str) -> Any:
+    if isinstance(at, list):
+        return at[int(part)]
+    return at[part] if isinstance(at, dict) else getattr(at, part)

@@ -1,7 +1,21 @@
 """All that touches Megatron-Core. It is imported when a Policy is made, not when this package is."""
 
-from megatron_nft.policy.model import check, kernels, precision_of
+from megatron_nft.policy.checks import check
+from megatron_nft.policy.memory import PeakMemory
+from megatron_nft.policy.model import kernels
 from megatron_nft.policy.policy import Policy
+from megatron_nft.policy.settings import precision_of
 from megatron_nft.policy.topology import Topology, initialize, shutdown, start_distributed, world_size
 
-__all__ = ["Policy", "Topology", "check", "initialize", "kernels", "precision_of", "shutdown", "start_distributed", "world_size"]
+__all__ = [
+    "PeakMemory",
+    "Policy",
+    "Topology",
+    "check",
+    "initialize",
+    "kernels",
+    "precision_of",
+    "shutdown",
+    "start_distributed",
+    "world_size",
+]

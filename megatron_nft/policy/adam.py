@@ -11,14 +11,16 @@ class Adam(torch.optim.Optimizer):
     checkpoint of the optimizer does not load.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, capturable=False):
         if not adam_w_mode:
             raise ValueError("only decoupled weight decay (AdamW) is supported")
+        if capturable:
+            raise ValueError("there are no CUDA graphs on a CPU")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0))
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One update of every parameter that has a gradient."""
+    def step(self, closure=None, fused: bool | None = None):
+        """One update of every parameter that has a gradient, by one fused kernel on CUDA (or as `fused` says)."""
         for group in self.param_groups:
             group["step"] += 1
             params = [p for p in group["params"] if p.grad is not None]
@@ -26,7 +28,9 @@ class Adam(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             # torch's function counts the step itself, from a tensor per parameter
-            steps = [torch.tensor(float(group["step"] - 1)) for _ in params]
+            in_one = fused if fused is not None else bool(params) and params[0].is_cuda
+            where = params[0].device if in_one else "cpu"  # the fused kernel wants the step beside the parameters
+            steps = [torch.tensor(float(group["step"] - 1), device=where) for _ in params]
             adamw(
                 params,
                 [p.grad for p in params],
@@ -41,5 +45,6 @@ class Adam(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
-                foreach=True,
+                foreach=not in_one,
+                fused=in_one,
             )

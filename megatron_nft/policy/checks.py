@@ -1,65 +1,96 @@
-"""Whether a model fits a layout, from its config.json alone: said before anything is allocated."""
+"""What is refused before a model is built: settings against the model, the machine, the layout, and Megatron-Core's own rules."""
 
-from math import lcm
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from megatron_nft.config import Config, ParallelConfig
+import torch
+
+from megatron_nft.config import Config
 from megatron_nft.errors import UserError
-from megatron_nft.policy import topology
-from megatron_nft.weights import table_for
+from megatron_nft.policy import model, optimizer, settings, versions
+from megatron_nft.weights import load_huggingface
 
 
-def check_layout(hf: dict, config: Config) -> None:
-    """Raise UserError for sizes of the model, or of its micro-batches, that cannot be cut as config.parallel says."""
-    parallel = config.parallel
-    _check_sizes(hf, parallel)
-    _check_experts(hf, parallel)
-    _check_slots(parallel, config.train.tokens_per_micro_batch)
+def check(config: Config, window: int, training: bool = True) -> None:
+    """Raise UserError for a model that cannot be laid out, is not all there, or that this code would compute wrongly, and for settings
+    of training (unless `training` is false) that do not fit it, the machine or each other.
 
-
-def _check_sizes(hf: dict, parallel: ParallelConfig) -> None:
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    chunks = topology.virtual_size(parallel)
-    layers = "pipeline_model_parallel_size" + " x virtual_pipeline_model_parallel_size" * (chunks is not None)
-    for name, size, by, setting in (
-        ("attention heads", hf["num_attention_heads"], tp, "tensor_model_parallel_size"),
-        ("key-value heads", hf.get("num_key_value_heads") or hf["num_attention_heads"], tp, "tensor_model_parallel_size"),
-        ("intermediate size", hf["intermediate_size"], tp, "tensor_model_parallel_size"),
-        ("layers", hf["num_hidden_layers"], pp * (chunks or 1), layers),
-    ):
-        if size % by:
-            raise UserError(f"{name} ({size}) cannot be divided by parallel.{setting} ({by})", f"use one of {_divisors(size)}")
-
-
-def _check_experts(hf: dict, parallel: ParallelConfig) -> None:
-    ep, etp = parallel.expert_model_parallel_size, topology.expert_tensor_size(parallel)
-    table = table_for(hf)
-    if not table.sizes.experts:
-        for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
-            if (getattr(parallel, name) or 1) > 1:
-                raise UserError(f"parallel.{name} is {getattr(parallel, name)}, and the model has no experts", "leave it out")
+    Nothing is allocated. window: tokens of the longest prompt with its answer.
+    """
+    model.check(config, window)
+    if not training:
         return
-    table.check_expert_parallel(ep, etp)
-    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+    versions.quiet()
+    hf = load_huggingface(config.model.path).config
+    _check_fp8(hf, config)
+    _check_optimizer(config)
+    _check_recompute(config)
+    with _refusals_reported():
+        transformer = model.transformer_config(hf, config)
+        optimizer.ddp_config(config)
+        optimizer.optimizer_config(config)
+    if transformer.gradient_accumulation_fusion and not versions.have_fused_accumulation():
         raise UserError(
-            "the model has experts, and parallel.tensor_model_parallel_size is more than 1 without sequence_parallel",
-            "set parallel.sequence_parallel=true: Megatron trains mixtures of experts no other way",
+            "megatron.transformer.gradient_accumulation_fusion is on, but neither Transformer Engine nor Apex's kernel for it is installed",
+            "leave it out",
         )
 
 
-def _check_slots(parallel: ParallelConfig, tokens: int) -> None:
-    """Every rank takes an equal part of a micro-batch: two slices of each sequence, and of that its part of the sequence."""
-    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
-    multiple = lcm(2 * cp if cp > 1 else 1, cp * tp if parallel.sequence_parallel else 1)
-    if tokens % multiple:
-        why = [f"2 x context_parallel_size ({cp})"] * (cp > 1)
-        why += [
-            f"{'context_parallel_size x ' * (cp > 1)}tensor_model_parallel_size ({tp}) with sequence_parallel"
-        ] * parallel.sequence_parallel
+def _check_fp8(hf: dict, config: Config) -> None:
+    """FP8 multiplications have sides that divide by 16 (32 for mxfp8), on every rank."""
+    if config.model.fp8 is None:
+        return
+    if not versions.have_transformer_engine():
+        what = "Transformer Engine is not installed" if torch.cuda.is_available() else "there is no GPU"
+        raise UserError(f"model.fp8 is {config.model.fp8}, but {what}", "set model.fp8=null, or run where both are there")
+    if settings.precision_of(config.model.precision) != "bf16":
+        raise UserError(f"model.fp8 is {config.model.fp8} and the precision is not bf16", "set model.precision=bf16")
+    side = versions.fp8_side(config.model.fp8_recipe)
+    for name, size in _fp8_sizes(hf, config).items():
+        if size % side:
+            raise UserError(f"{name} is {size}, which model.fp8_recipe {config.model.fp8_recipe} asks to be a multiple of {side}",
+                            "change it, the layout or the recipe, or set model.fp8=null")  # fmt: skip
+
+
+def _fp8_sizes(hf: dict, config: Config) -> dict[str, float]:
+    """Rows and columns of the linear layers' operands on a rank, by what the user knows them as. A fraction divides by nothing."""
+    parallel, heads = config.parallel, hf["num_attention_heads"]
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    head = hf.get("head_dim") or hf["hidden_size"] // heads
+    groups = hf.get("num_key_value_heads") or heads
+    cut = cp * (tp if parallel.sequence_parallel else 1)
+    return {
+        "the model's hidden size": hf["hidden_size"],
+        "the model's intermediate size on a tensor-parallel rank": hf["intermediate_size"] / tp,
+        "the width of a tensor-parallel rank's attention heads": heads * head / tp,
+        "the width of a tensor-parallel rank's queries, keys and values": (heads + 2 * groups) * head / tp,
+        "train.tokens_per_micro_batch on a rank": config.train.tokens_per_micro_batch / cut,
+    }
+
+
+def _check_optimizer(config: Config) -> None:
+    if config.optimizer.optimizer_cpu_offload and not torch.cuda.is_available():
+        raise UserError("optimizer.optimizer_cpu_offload is on, but there is no GPU to offload from", "set it to false")
+    if config.optimizer.use_precision_aware_optimizer and not versions.have_transformer_engine():
         raise UserError(
-            f"train.tokens_per_micro_batch ({tokens}) cannot be divided by {' and '.join(why)}",
-            f"use a multiple of {multiple}, e.g. {-(-tokens // multiple) * multiple}",
+            "optimizer.use_precision_aware_optimizer is on, but Transformer Engine, whose FusedAdam it needs, is not in use",
+            "set it to false",
         )
 
 
-def _divisors(size: int) -> list[int]:
-    return [d for d in range(1, size + 1) if size % d == 0 and d <= 64]
+def _check_recompute(config: Config) -> None:
+    """The checkpoint that drops its own output is written with Transformer Engine's names (0.16 and 0.19: NameError without)."""
+    for name in {"layernorm", "moe_act"} & set(config.train.recompute_modules or ()):
+        if not versions.have_transformer_engine():
+            raise UserError(
+                f"train.recompute_modules has {name}, but Transformer Engine is not in use", "leave it out; core_attn and mlp remain"
+            )
+
+
+@contextmanager
+def _refusals_reported() -> Iterator[None]:
+    """Megatron-Core's rules between its settings are in its config classes, which raise what Python has."""
+    try:
+        yield
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f"Megatron-Core {versions.version()} refuses these settings: {error}", "change what it names") from error

@@ -11,8 +11,6 @@ from functools import partial
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_nft.policy.adam import Adam
-
 
 class _CudaMeansCpu(TorchFunctionMode):
     """Rewrites a CUDA device argument to the CPU."""
@@ -72,17 +70,11 @@ class _Stream:
 
 
 def _redirect_megatron() -> None:
-    """Point Megatron's RNG helpers at the CPU generator and its optimizer at an Adam whose step lives in the param group."""
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
+    """Point Megatron's RNG helpers at the CPU generator."""
     from megatron.core.tensor_parallel import random
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    optimizer.Adam = Adam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.Adam = Adam
-    distrib_optimizer.HAVE_APEX_OR_TE = True
 
 
 def _redirect_experts() -> None:

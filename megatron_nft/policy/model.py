@@ -5,22 +5,11 @@ import torch.nn.functional as F
 
 from megatron_nft.config import Config, ParallelConfig
 from megatron_nft.errors import UserError
-from megatron_nft.policy import topology
-from megatron_nft.policy.checks import check_layout
+from megatron_nft.policy import settings, topology, versions
 from megatron_nft.policy.layers import PackedAttention, RMSNorm
+from megatron_nft.policy.sizes import check_layout
+from megatron_nft.policy.varlen import VarlenAttention
 from megatron_nft.weights import load_huggingface, padded_vocab_size, table_for
-
-
-def precision_of(setting: str) -> str:
-    """ "bf16" or "fp32"; `auto` is bf16 where CUDA is present and fp32 elsewhere."""
-    if setting == "auto":
-        return "bf16" if torch.cuda.is_available() else "fp32"
-    return setting
-
-
-def dtype_of(setting: str) -> torch.dtype:
-    """The torch dtype of model.precision. fp64 is no setting of a run (Megatron's optimizer has none), but gradients can be had in it."""
-    return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision_of(setting)]
 
 
 def check(config: Config, window: int) -> None:
@@ -58,10 +47,9 @@ def transformer_config(hf: dict, config: Config):
     """Megatron's TransformerConfig for the config.json of a supported family."""
     from megatron.core.transformer import TransformerConfig
 
-    table = table_for(hf)
-    dtype, gpu = dtype_of(config.model.precision), torch.cuda.is_available()
-    recompute, chunks = config.train.recompute_granularity, topology.virtual_size(config.parallel)
-    return TransformerConfig(
+    table, gpu = table_for(hf), torch.cuda.is_available()
+    chunks = topology.virtual_size(config.parallel)
+    own = dict(
         num_layers=hf["num_hidden_layers"],
         hidden_size=hf["hidden_size"],
         ffn_hidden_size=hf["intermediate_size"],
@@ -80,28 +68,28 @@ def transformer_config(hf: dict, config: Config):
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=chunks,
-        # interleaved over two stages, a rank is its neighbour's neighbour on both sides: in one batch the messages would be mixed up
-        overlap_p2p_comm=chunks is not None,
-        batch_p2p_comm=chunks is None,
         context_parallel_size=config.parallel.context_parallel_size,
         sequence_parallel=config.parallel.sequence_parallel,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        recompute_granularity=recompute,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
         calculate_per_token_loss=True,  # gradients are summed over ranks; batching put the denominators into the loss
         perform_initialization=False,  # every weight is loaded
         use_cpu_initialization=not gpu,
-        gradient_accumulation_fusion=False,
+        **settings.transformer(config),
+        **_experts(hf, config.parallel),
+    )
+    defaults = dict(
         bias_activation_fusion=gpu,
         masked_softmax_fusion=gpu,
         bias_dropout_fusion=gpu,
-        apply_rope_fusion=gpu and have_transformer_engine(),
-        persist_layer_norm=False,
-        **_experts(hf, config.parallel),
+        apply_rope_fusion=gpu and by_transformer_engine(settings.dtype_of(config.model.precision)),
+        # interleaved over two stages, a rank is its neighbour's neighbour on both sides: in one batch the messages would be mixed up
+        overlap_p2p_comm=chunks is not None,
+        batch_p2p_comm=chunks is None,
     )
+    if table.sizes.experts:
+        grouped = by_transformer_engine(settings.dtype_of(config.model.precision))
+        defaults |= dict(moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0, moe_token_dispatcher_type="alltoall",
+                         moe_grouped_gemm=grouped)  # fmt: skip
+    return settings.complete("transformer", TransformerConfig, own, config, defaults)
 
 
 def _experts(hf: dict, parallel: ParallelConfig) -> dict:
@@ -116,20 +104,14 @@ def _experts(hf: dict, parallel: ParallelConfig) -> dict:
         moe_router_topk=hf["num_experts_per_tok"],
         # a softmax over the chosen experts is what norm_topk_prob makes of one over all of them
         moe_router_pre_softmax=not hf.get("norm_topk_prob", False),
-        moe_router_load_balancing_type="none",
-        moe_aux_loss_coeff=0.0,
-        moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=have_transformer_engine(),
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=topology.expert_tensor_size(parallel),
     )
 
 
-def have_transformer_engine() -> bool:
-    """Whether Megatron-Core found Transformer Engine, and a GPU to run it."""
-    from megatron.core.models.gpt import gpt_layer_specs
-
-    return gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
+def by_transformer_engine(dtype: torch.dtype) -> bool:
+    """Whether the layers are Transformer Engine's: where it is, and in 16 bits (its attention over packed sequences knows no float32)."""
+    return dtype in (torch.bfloat16, torch.float16) and versions.have_transformer_engine()
 
 
 def block_spec(megatron, vp_stage: int | None = None):
@@ -138,25 +120,43 @@ def block_spec(megatron, vp_stage: int | None = None):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     spec = get_gpt_decoder_block_spec(
-        megatron, use_transformer_engine=have_transformer_engine(), normalization="RMSNorm", vp_stage=vp_stage
+        megatron,
+        use_transformer_engine=by_transformer_engine(megatron.params_dtype),
+        normalization="RMSNorm",
+        vp_stage=vp_stage,
     )
-    if not have_transformer_engine():
+    if not by_transformer_engine(megatron.params_dtype):
         spec.layer_norm = RMSNorm
         for layer in spec.layer_specs:
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
             attention = layer.submodules.self_attention.submodules
-            attention.core_attention = PackedAttention
+            attention.core_attention = attention_module(megatron.params_dtype, megatron.context_parallel_size)
             if megatron.qk_layernorm:
                 attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec
 
 
-def kernels() -> str:
-    """One line on the kernels in use."""
-    if have_transformer_engine():
-        return "Transformer Engine layers (cuDNN or FlashAttention), TE FusedAdam"
-    where = "CUDA" if torch.cuda.is_available() else "CPU"
-    return f"Megatron-Core local layers on {where}, torch scaled_dot_product_attention over packed sequences, torch AdamW"
+def attention_module(dtype: torch.dtype, context_parallel_size: int) -> type:
+    """torch's varlen attention where it can run (16 bits, CUDA, no context parallelism), else our own."""
+    short = dtype in (torch.bfloat16, torch.float16)
+    return VarlenAttention if short and context_parallel_size == 1 and versions.have_varlen_attention() else PackedAttention
+
+
+def kernels(config: Config) -> str:
+    """One line on the kernels in use: layers, attention, norms, precision, optimizer."""
+    dtype, cp = settings.dtype_of(config.model.precision), config.parallel.context_parallel_size
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    if by_transformer_engine(dtype):
+        layers = "Transformer Engine layers, norms and attention (FlashAttention or cuDNN, as it finds)"
+    else:
+        attention = "torch varlen_attn" if attention_module(dtype, cp) is VarlenAttention else "torch scaled_dot_product_attention"
+        layers = f"local layers, {attention} over packed sequences"
+    precision = settings.precision_of(config.model.precision)
+    if config.model.fp8:
+        precision += f" and FP8 ({config.model.fp8}, {config.model.fp8_recipe})"
+    fused = versions.fused_adam() if torch.cuda.is_available() else None
+    adam = f"{fused}'s FusedAdam" if fused else "torch AdamW"
+    return f"Megatron-Core {versions.version()} on {where}: {layers}, {precision}, {adam}"
 
 
 def build(hf: dict, config: Config) -> list:

@@ -15,9 +15,10 @@ from megatron_nft.batching import Layout, Plan, TrainingAnswer, join, pack, spli
 from megatron_nft.config import Config, ObjectiveConfig
 from megatron_nft.errors import UserError
 from megatron_nft.objectives import MEASURED
-from megatron_nft.policy import checkpoint, context, exchange, flops, losses, model, optimizer
+from megatron_nft.policy import checkpoint, context, exchange, flops, losses, model, optimizer, versions
 from megatron_nft.policy.logprobs import Head
 from megatron_nft.policy.losses import Objective
+from megatron_nft.policy.offload import LEVELS, Offload
 from megatron_nft.policy.topology import Topology, device
 from megatron_nft.trajectories import Batch, Group
 from megatron_nft.weights import (
@@ -31,8 +32,7 @@ from megatron_nft.weights import (
     with_expert,
 )
 
-# Lengths of micro-batches are multiples of this: what kernels like, FP8 ones ask for (16, and 128 for blocks), and few enough of them
-# that the allocator finds its blocks again.
+# Lengths of micro-batches are multiples of this: what kernels like, and few enough of them that the allocator finds its blocks again.
 LENGTH_MULTIPLE = 128
 
 
@@ -50,10 +50,11 @@ class Policy:
         self.modules = model.build(self.hf, config)  # one GPTModel, or the chunks of an interleaved pipeline
         if source:
             self._fill(source)
-        self.chunks = self.modules
+        self.chunks, self._offload = self.modules, None
         if trainable:
-            self.chunks = [optimizer.wrap(module, module.config) for module in self.modules]
-            self.optimizer, self.scheduler = optimizer.make(self.chunks, config.optimizer)
+            self.chunks = [optimizer.wrap(module, config) for module in self.modules]
+            self.optimizer, self.scheduler = optimizer.make(self.chunks, config)
+            self._offload = Offload(self.chunks, self.optimizer)
             settings, waits = self.module.config, [chunk.no_sync for chunk in self.chunks]
             settings.grad_scale_func = self.optimizer.scale_loss
             settings.finalize_model_grads_func = _sum_gradients
@@ -68,12 +69,14 @@ class Policy:
 
     def layout(self, prompts_per_update: int) -> Layout:
         """How mini-batches of so many groups are laid out for this model on these ranks."""
+        side = versions.fp8_side(self.config.model.fp8_recipe) if self.config.model.fp8 else 1  # of a rank's part of a micro-batch
+        cut = self.topology.context_size * (self.topology.tensor_size if self.config.parallel.sequence_parallel else 1)
         return Layout(
             data_parallel_size=self.topology.data_size,
             tokens_per_micro_batch=self.config.train.tokens_per_micro_batch,
             prompts_per_update=prompts_per_update,
             attention_cost=flops.attention_cost(self.hf),
-            length_multiple=math.lcm(LENGTH_MULTIPLE, self.topology.tensor_size * self.topology.sequence_multiple),
+            length_multiple=math.lcm(LENGTH_MULTIPLE, self.topology.sequence_multiple, side * cut),
             count_multiple=self.topology.micro_batch_multiple,
             sequence_multiple=self.topology.sequence_multiple,
         )
@@ -129,8 +132,10 @@ class Policy:
         """One optimiser step on a mini-batch, given as this rank's micro-batches (equally many on every rank).
 
         names: the objective's metrics; their totals over all micro-batches and ranks are returned, with loss, grad_norm
-        (before clipping) and lr. on_policy: the weights are those that sampled (the first update of a rollout step). Then the totals
-        MEASURED are returned, too, and with train.old_logprobs=recompute this pass's log-probs are pi_old's: exactly, without dropout.
+        (before clipping) and lr. With fp16 also the loss_scale for the next update, and where the gradients overflowed there is no
+        grad_norm and no step, as Megatron has it: parameters, moments and the schedule stay.
+        on_policy: the weights are those that sampled (the first update of a rollout step). Then the totals MEASURED are returned, too, and
+        with train.old_logprobs=recompute this pass's log-probs are pi_old's: exactly, without dropout.
         """
         own = on_policy and self.config.train.old_logprobs == "recompute"
 
@@ -139,19 +144,29 @@ class Policy:
             loss, metrics = losses.loss(hidden, self._head(), batch, _places(batch), objective, settings, measured=on_policy, own=own)
             return loss, torch.zeros((), dtype=torch.int), metrics
 
+        self._come_back()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(batches, loss_of, forward_only=False)
         self.scheduler.step(increment=1)  # before the update, so that the first one of a warm-up has a learning rate
-        _, grad_norm, _ = self.optimizer.step()
-        totals = self._totals(results, ["loss", *names, *(MEASURED if on_policy else ())])
-        return {**totals, "grad_norm": float(grad_norm), "lr": self.optimizer.param_groups[0]["lr"]}
+        lr = self.optimizer.param_groups[0]["lr"]
+        applied, grad_norm, _ = self.optimizer.step()
+        if not applied:
+            self.scheduler.step(increment=-1)
+        totals = {**self._totals(results, ["loss", *names, *(MEASURED if on_policy else ())]), "lr": lr}
+        if applied:
+            totals["grad_norm"] = float(grad_norm)
+        if self.module.config.fp16:
+            totals["loss_scale"] = float(self.optimizer.get_loss_scale())
+        return totals
 
     def _run(self, batches: list[Batch], on_output, forward_only: bool) -> list[dict]:
         """Megatron's pipeline schedule over the micro-batches; on_output(output, batch) on the last stage."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
+        if forward_only:
+            self._gather_parameters()
         return get_forward_backward_func()(
             forward_step_func=lambda iterator, chunk: self._forward(next(iterator), chunk, on_output),
             data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
@@ -161,6 +176,13 @@ class Policy:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+    def _gather_parameters(self) -> None:
+        """overlap_param_gather leaves the last update's parameters to the next update's forward pass; anyone else gathers them first."""
+        self._come_back()
+        for chunk in self.chunks if self._offload else ():
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def _forward(self, batch: Batch, chunk, on_output):
         from megatron.core.packed_seq_params import PackedSeqParams
@@ -197,11 +219,30 @@ class Policy:
             totals.update(zip(kind, local.tolist()))
         return totals
 
+    # ---- memory
+
+    def offload(self) -> None:
+        """Move what config.train.offload names off the device. Whatever needs it next brings it back, bit for bit."""
+        self._offload.leave(LEVELS[self.config.train.offload])
+
+    def hand_over(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """weights() for a sampler on the same device: what it needs no more of this policy leaves first, the parameters with the end of
+        the stream, before the sampler takes the memory for its cache."""
+        self._gather_parameters()
+        self._offload.leave(kind for kind in LEVELS[self.config.train.offload] if kind != "parameters")
+        yield from self.gathered(versions.values_of)
+        self.offload()
+
+    def _come_back(self) -> None:
+        if self._offload is not None:
+            self._offload.come_back()
+
     # ---- weights
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor under its Hugging Face name, full, on every rank; a collective: exhaust it on all ranks."""
-        return self.gathered(lambda parameter: parameter.data)
+        self._gather_parameters()
+        return self.gathered(versions.values_of)
 
     def gathered(self, of: Callable[[torch.nn.Parameter], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """weights(), of another tensor of each parameter: what `of` returns, in the parameter's shape."""
@@ -233,7 +274,7 @@ class Policy:
                     f"{name} is {tuple(local.shape)} in {source.directory}, the config asks for {tuple(parameter.shape)}",
                     "check config.json",
                 )
-            parameter.copy_(local)
+            versions.set_values(parameter, local)
 
     def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters of this stage, with global layer and expert numbers."""
@@ -254,10 +295,12 @@ class Policy:
 
     def save(self, directory: Path, state: dict) -> None:
         """Write a complete checkpoint: model, optimizer, scheduler, RNG, and `state` (JSON) in the manifest."""
+        self._gather_parameters()
         checkpoint.save(directory, self, state)
 
     def load(self, directory: Path) -> dict:
         """Fill model, optimizer, scheduler and RNG from a checkpoint; returns its `state`."""
+        self._come_back()
         return checkpoint.load(directory, self)
 
 

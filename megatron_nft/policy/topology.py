@@ -1,11 +1,9 @@
 """Ranks: torch.distributed, Megatron-Core's groups, and this rank's place in them. The one place for rank arithmetic."""
 
-import logging
 import math
 import os
 import socket
 import sys
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_nft.config import ParallelConfig
 from megatron_nft.errors import UserError
-from megatron_nft.policy import cpu
+from megatron_nft.policy import cpu, versions
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Topology:
     """
     check(parallel, world_size())
     start_distributed()
-    _quiet()
+    versions.quiet()
     cpu.adapt()
     from megatron.core import parallel_state, tensor_parallel
 
@@ -159,20 +157,6 @@ def _place(parallel: ParallelConfig) -> Topology:
         expert_tensor_rank=groups.get_expert_tensor_parallel_rank(),
         expert_tensor_size=expert_tensor_size(parallel),
     )
-
-
-def _quiet() -> None:
-    """Notices of Megatron-Core about its own inside, which the user can do nothing about."""
-    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
-    for message in (
-        "`torch.distributed",  # a name that torch calls deprecated
-        "The .grad attribute of a Tensor that is not a leaf",
-        "full scope is deprecated",
-        "`load_state_dict` is deprecated",
-        "Please use DTensor instead",
-        "(Transformer Engine and )?Apex (is|are) not installed",
-    ):
-        warnings.filterwarnings("ignore", message)
 
 
 def device() -> torch.device:

@@ -46,7 +46,7 @@ class Engine:
     def __init__(self, model_path: str, rollout: RolloutConfig, max_model_len: int, precision: str, seed: int):
         """Start the engine with the weights of the Hugging Face directory `model_path`.
 
-        max_model_len is in tokens, prompt and answer together; precision is "fp32" or "bf16"; the seed is the same on every rank.
+        max_model_len is in tokens, prompt and answer together; precision is "fp32", "bf16" or "fp16"; the seed is the same on every rank.
         Raises UserError where the world does not divide into engines.
         """
         world, rank, tp = dist.get_world_size(), dist.get_rank(), rollout.tensor_parallel_size
@@ -61,7 +61,7 @@ class Engine:
 
         self._llm = LLM(
             model=model_path,
-            dtype={"fp32": "float32", "bf16": "bfloat16"}[precision],
+            dtype={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision],
             hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's are
             seed=seed,
             distributed_executor_backend="external_launcher",

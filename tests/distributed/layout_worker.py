@@ -19,14 +19,15 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron_nft import batching, objectives, policy
 from megatron_nft.config import load
 from megatron_nft.packing import Packing
-from megatron_nft.policy import exchange, optimizer
+from megatron_nft.policy import exchange, optimizer, versions
 from tests.support import made_up_groups
 
 
 def main() -> None:
     arguments = json.loads(Path(sys.argv[1]).read_text())
     here = Path(arguments["output"]).parent
-    found = {case["name"]: run(case, arguments["config"], here) for case in arguments["cases"]}
+    found: dict = {"megatron": versions.version()}
+    found |= {case["name"]: run(case, arguments["config"], here) for case in arguments["cases"]}
     if dist.get_rank() == 0:
         torch.save(found, arguments["output"])
     policy.shutdown()
@@ -37,8 +38,6 @@ def run(case: dict, file: str, here: Path) -> dict:
     config = load(file, [f"model.path={case['model']}", *case["overrides"]])
     topology = policy.initialize(config.parallel, config.seed)
     with ExitStack() as stack:
-        if case.get("overlap"):  # as on a GPU
-            stack.enter_context(mock.patch.object(optimizer, "wrap", partial(optimizer.wrap, overlap=True)))
         if case.get("padded"):  # one answer per micro-batch
             stack.enter_context(mock.patch.object(batching, "distribute", one_each))
         if case.get("float64"):  # Megatron's optimizer has no float64: gradients only

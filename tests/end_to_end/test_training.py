@@ -47,7 +47,7 @@ def rows(run_dir: Path) -> list[dict]:
 
 
 def without_times(row: dict) -> dict:
-    return {key: value for key, value in row.items() if key != "timestamp" and not key.startswith("time/")}
+    return {key: value for key, value in row.items() if key != "timestamp" and not key.startswith(("time/", "memory/"))}
 
 
 @pytest.fixture(scope="module")

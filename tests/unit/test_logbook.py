@@ -210,3 +210,26 @@ def test_a_real_offline_wandb_run(tmp_path):
         (record,) = run.glob("run-*.wandb")
         assert b"train/loss" in record.read_bytes()
         assert (tmp_path / "wandb_id.txt").read_text().strip() in run.name
+
+
+class Meter:
+    """Peaks as told, one for each stage."""
+
+    def __init__(self, *peaks: int):
+        self.peaks, self.started = list(peaks), 0
+
+    def start(self) -> None:
+        self.started += 1
+
+    def peak(self) -> int:
+        return self.peaks.pop(0)
+
+
+def test_peak_memory_of_a_stage(tmp_path):
+    meter = Meter(50, 70, 60)
+    with Logbook(tmp_path, "run", 1, stream=io.StringIO(), meter=meter) as log:
+        for name in ("generate", "train", "generate"):
+            with log.stage(name), log.stage("within"):  # the inner one is the outer one's
+                pass
+        row = log.commit(1)
+    assert (row["memory/generate"], row["memory/train"], meter.started) == (60, 70, 3) and "memory/within" not in row

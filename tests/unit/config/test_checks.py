@@ -9,14 +9,17 @@ from megatron_nft.config import Config, CorrectionConfig, ObjectiveConfig, check
 from megatron_nft.errors import UserError
 
 NAMES = {
-    "model.precision": (["auto", "bf16", "fp32"], "fp16"),
+    "model.precision": (["auto", "bf16", "fp16", "fp32"], "fp8"),
+    "model.fp8": ([None], "e5m2"),
+    "model.fp8_recipe": (["tensorwise", "delayed", "blockwise", "mxfp8"], "rowwise"),
     "objective.ratio": (["token", "sequence", "geometric"], "word"),
     "objective.reduction": (["constant", "token-mean", "sequence-mean"], "mean"),
     "objective.correction.method": (["none", "truncate", "mask"], "clip"),
     "objective.correction.level": (["token", "sequence", "geometric"], "word"),
     "reward.truncated": (["wrong", "mask", "drop"], "keep"),
     "train.old_logprobs": (["recompute", "rollout"], "none"),
-    "train.recompute_granularity": ([None, "full"], "selective"),
+    "train.offload": (["none", "gradients", "optimizer", "all"], "params"),
+    "train.recompute_granularity": ([None, "full", "selective"], "layers"),
     "logging.wandb": (["disabled", "offline", "online"], "on"),
 }
 LEASTS = {

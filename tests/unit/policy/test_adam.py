@@ -52,3 +52,16 @@ def test_state_goes_on_from_a_state_dict():
     loaded.step()
     assert loaded.param_groups[0]["step"] == 2
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_fused_form_is_the_same_update():
+    """What runs on CUDA, on the CPU: torch's fused kernel, float32 to 1e-6."""
+    mine, theirs = parameters(0), parameters(0)
+    ours, torchs = Adam(mine, lr=0.1, weight_decay=0.3), torch.optim.AdamW(theirs, lr=0.1, weight_decay=0.3)
+    for step in range(3):
+        for a, b, gradient in zip(mine, theirs, parameters(step + 1), strict=True):
+            a.grad, b.grad = gradient.detach(), gradient.detach()
+        ours.step(fused=True)
+        torchs.step()
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

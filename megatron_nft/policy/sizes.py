@@ -1,0 +1,65 @@
+"""Whether a model fits a layout, from its config.json alone: said before anything is allocated."""
+
+from math import lcm
+
+from megatron_nft.config import Config, ParallelConfig
+from megatron_nft.errors import UserError
+from megatron_nft.policy import topology
+from megatron_nft.weights import table_for
+
+
+def check_layout(hf: dict, config: Config) -> None:
+    """Raise UserError for sizes of the model, or of its micro-batches, that cannot be cut as config.parallel says."""
+    parallel = config.parallel
+    _check_sizes(hf, parallel)
+    _check_experts(hf, parallel)
+    _check_slots(parallel, config.train.tokens_per_micro_batch)
+
+
+def _check_sizes(hf: dict, parallel: ParallelConfig) -> None:
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    chunks = topology.virtual_size(parallel)
+    layers = "pipeline_model_parallel_size" + " x virtual_pipeline_model_parallel_size" * (chunks is not None)
+    for name, size, by, setting in (
+        ("attention heads", hf["num_attention_heads"], tp, "tensor_model_parallel_size"),
+        ("key-value heads", hf.get("num_key_value_heads") or hf["num_attention_heads"], tp, "tensor_model_parallel_size"),
+        ("intermediate size", hf["intermediate_size"], tp, "tensor_model_parallel_size"),
+        ("layers", hf["num_hidden_layers"], pp * (chunks or 1), layers),
+    ):
+        if size % by:
+            raise UserError(f"{name} ({size}) cannot be divided by parallel.{setting} ({by})", f"use one of {_divisors(size)}")
+
+
+def _check_experts(hf: dict, parallel: ParallelConfig) -> None:
+    ep, etp = parallel.expert_model_parallel_size, topology.expert_tensor_size(parallel)
+    table = table_for(hf)
+    if not table.sizes.experts:
+        for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+            if (getattr(parallel, name) or 1) > 1:
+                raise UserError(f"parallel.{name} is {getattr(parallel, name)}, and the model has no experts", "leave it out")
+        return
+    table.check_expert_parallel(ep, etp)
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        raise UserError(
+            "the model has experts, and parallel.tensor_model_parallel_size is more than 1 without sequence_parallel",
+            "set parallel.sequence_parallel=true: Megatron trains mixtures of experts no other way",
+        )
+
+
+def _check_slots(parallel: ParallelConfig, tokens: int) -> None:
+    """Every rank takes an equal part of a micro-batch: two slices of each sequence, and of that its part of the sequence."""
+    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    multiple = lcm(2 * cp if cp > 1 else 1, cp * tp if parallel.sequence_parallel else 1)
+    if tokens % multiple:
+        why = [f"2 x context_parallel_size ({cp})"] * (cp > 1)
+        why += [
+            f"{'context_parallel_size x ' * (cp > 1)}tensor_model_parallel_size ({tp}) with sequence_parallel"
+        ] * parallel.sequence_parallel
+        raise UserError(
+            f"train.tokens_per_micro_batch ({tokens}) cannot be divided by {' and '.join(why)}",
+            f"use a multiple of {multiple}, e.g. {-(-tokens // multiple) * multiple}",
+        )
+
+
+def _divisors(size: int) -> list[int]:
+    return [d for d in range(1, size + 1) if size % d == 0 and d <= 64]

@@ -1,0 +1,139 @@
+"""What differs between Megatron-Core 0.16 and 0.19, between builds of Transformer Engine and Apex, and between PyTorch 2.10 and 2.13."""
+
+import importlib.util
+import inspect
+import logging
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from megatron_nft.policy.adam import Adam
+
+# Notices of Megatron-Core about its own inside, which the user can do nothing about: by logger, and as warnings.
+_NOTICES = {
+    "rerun_state_machine": "",
+    "models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+    "dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+}
+_WARNINGS = (
+    "`torch.distributed",  # a name that torch calls deprecated
+    "The .grad attribute of a Tensor that is not a leaf",
+    "full scope is deprecated",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
+    "(Transformer Engine and )?Apex (is|are) not installed",
+    "absl.logging is not installed",
+    r"\w+ is experimental and still under active development",
+    "If you are using transformer_engine as the transformer implementation",  # said of every recomputed attention
+)
+_quieted: list[str] = []
+
+
+def quiet() -> None:
+    """Keep Megatron-Core's notices from the terminal. Called before it is imported; a second call only renews the warnings' filters."""
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name, start in _NOTICES.items():
+        if name not in _quieted:
+            logging.getLogger(f"megatron.core.{name}").addFilter(
+                lambda r, start=start: r.levelno > logging.WARNING or start not in r.getMessage()
+            )
+            _quieted.append(name)
+
+
+def version() -> str:
+    """Megatron-Core's version as imported (a copy on PYTHONPATH hides the installed one)."""
+    import megatron.core
+
+    return megatron.core.__version__.partition("+")[0]  # without the commit it was built from
+
+
+def have_transformer_engine() -> bool:
+    """Whether Megatron-Core found Transformer Engine, and a GPU to run it."""
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    return gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
+
+
+def have_fused_accumulation() -> bool:
+    """Whether a kernel is there that adds a weight's gradient onto the float32 buffer: Apex's for local layers, TE's own for its."""
+    return have_transformer_engine() or importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def fp8_side(recipe: str) -> int:
+    """What the sides of an FP8 multiplication must divide by."""
+    from megatron.core.enums import Fp8Recipe
+    from megatron.core.fp8_utils import get_fp8_align_size
+
+    return get_fp8_align_size(Fp8Recipe[recipe])
+
+
+def have_varlen_attention() -> bool:
+    """Whether this PyTorch has torch.nn.attention.varlen (2.10 and later) and there is a GPU to run it."""
+    return torch.cuda.is_available() and importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
+def causal_varlen_attention(scale: float | None = None, function: Callable | None = None) -> Callable:
+    """attend(query [tokens, heads, d], key and value [tokens, kv heads, d], cu_seqlens [sequences + 1], longest) -> [tokens, heads, d].
+
+    torch's varlen_attn (or `function`) has said "causal" by `is_causal` and by a window, and knows grouped queries in later versions
+    only; in earlier ones each key head is repeated for its queries.
+    """
+    if function is None:
+        from torch.nn.attention.varlen import varlen_attn as function
+    known = inspect.signature(function).parameters
+    more = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    grouped = "enable_gqa" in known
+    if scale is not None:
+        more["scale"] = scale
+
+    def attend(query, key, value, cu_seqlens, longest):
+        repeats, settings = query.shape[1] // key.shape[1], dict(more)
+        if grouped:
+            settings["enable_gqa"] = repeats > 1
+        elif repeats > 1:
+            key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
+        return function(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **settings)
+
+    return attend
+
+
+def values_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The parameter's data as a plain tensor: one kept in FP8 (model.fp8_param_gather) becomes bf16."""
+    from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
+
+    return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter.data
+
+
+@torch.no_grad()
+def set_values(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
+    """Fill a parameter. One kept in FP8 also has the values that the optimizer's float32 copy starts from, unrounded."""
+    parameter.copy_(values)
+    if hasattr(parameter, "get_high_precision_init_val"):
+        parameter.get_high_precision_init_val().copy_(values)
+
+
+def fused_adam() -> str | None:
+    """Where the FusedAdam that Megatron-Core found comes from: "Transformer Engine", "Apex", or None (it would take torch's)."""
+    from megatron.core import optimizer
+
+    if optimizer.USING_PYTORCH_OPTIMIZER or optimizer.Adam is Adam:
+        return None
+    return "Transformer Engine" if optimizer.Adam.__module__.startswith("transformer_engine") else "Apex"
+
+
+def provide_adam() -> None:
+    """Give Megatron-Core's optimizer an Adam whose step lives in the param group, where no FusedAdam is installed or can run.
+
+    With torch's own its checkpoints do not load: it looks for the step there.
+    """
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if torch.cuda.is_available() and fused_adam():
+        return
+    optimizer.Adam = distrib_optimizer.Adam = Adam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = True

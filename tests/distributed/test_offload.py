@@ -1,0 +1,41 @@
+"""Parameters, gradients and optimizer state leave the device and come back bit for bit; on the CPU by the same code."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.test_layouts import CONFIG
+from tests.support import run_ranks, tiny_model
+
+WORKER = Path(__file__).with_name("offload_worker.py")
+
+
+def run(tmp_path: Path, model: Path, ranks: int, *overrides: str) -> dict:
+    config, output = tmp_path / "config.yaml", tmp_path / "out.pt"
+    config.write_text(CONFIG.replace("unset", str(model)))
+    run_ranks(WORKER, ranks, {"config": str(config), "overrides": list(overrides), "output": str(output)}, tmp_path)
+    return torch.load(output)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize(("precision", "ranks"), [("bf16", 1), ("fp32", 1), ("bf16", 2)])
+def test_updates_are_the_same_to_the_last_bit(precision, ranks, model, tmp_path):
+    """bf16: the optimizer's float32 copies are tensors of their own; fp32: views of the parameters."""
+    overrides = [f"model.precision={precision}", "optimizer.lr=1e-3", *(["parallel.overlap_param_gather=true"] if ranks > 1 else [])]
+    plain, moved = (run(tmp_path, model, ranks, *overrides, f"train.offload={level}") for level in ("none", "all"))
+    assert moved["updates"] == plain["updates"] and moved["old"] == plain["old"]
+    assert plain["before"].keys() == moved["after"].keys() == plain["after"].keys()
+    for name, tensor in plain["after"].items():
+        assert torch.equal(moved["after"][name], tensor), name
+    assert all(min(sizes) > 0 for sizes in plain["left"]) and moved["left"] == [[0, 0, 0]] * 4
+
+
+@pytest.mark.parametrize(("level", "stay"), [("gradients", [False, True, True]), ("optimizer", [False, True, False])])
+def test_what_stays(level, stay, model, tmp_path):
+    got = run(tmp_path, model, 1, "model.precision=bf16", f"train.offload={level}")
+    assert [[size > 0 for size in sizes] for sizes in got["left"]] == [stay] * 4
