@@ -27,7 +27,7 @@ from flops import peak, training_flops  # noqa: E402
 
 from megatron_nft import batching, objectives, policy  # noqa: E402
 from megatron_nft.config import Config  # noqa: E402
-from megatron_nft.policy.logprobs import logprobs  # noqa: E402
+from megatron_nft.policy.logprobs import Head, fused_loss, logprobs  # noqa: E402
 
 COMMON = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu", "max_position_embeddings": 32768}
 MODELS = {
@@ -122,7 +122,7 @@ def packed(model: policy.Policy, tokens: int, vocab: int) -> tuple[list, list[in
     table = batching.Answers(
         prompts, responses, responses, np.arange(len(lengths)) % 2.0, np.zeros(len(lengths)), np.zeros(len(lengths), int)
     )
-    plan = batching.plan(table, batching.Layout(1, tokens, 1), lambda verdicts, _: np.ones(len(verdicts)), "token-mean", 1.0)
+    plan = batching.plan(table, model.layout(1), lambda verdicts, _: np.ones(len(verdicts)), "token-mean", 1.0)
     [batches] = model.pack(plan, answers)
     return batches, lengths
 
@@ -144,8 +144,12 @@ def policy_head(model: policy.Policy) -> torch.Tensor:
     return head_weight(model.module).detach().clone()
 
 
-def ours(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab: int) -> torch.Tensor:
-    return logprobs(hidden, weight, targets, vocab).sum()
+def one_pass(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab: int) -> torch.Tensor:
+    return fused_loss(hidden, Head(weight, vocab), targets, lambda values, *_: (values.sum(), {}))[0]
+
+
+def recomputing(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab: int) -> torch.Tensor:
+    return logprobs(hidden, Head(weight, vocab), targets)[0].sum()
 
 
 def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab: int) -> torch.Tensor:
@@ -156,7 +160,7 @@ def liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, voc
     return -LigerLoss(reduction="sum")(weight[:vocab], hidden, targets)
 
 
-WAYS = {"ours": ours, "plain": plain}
+WAYS = {"one pass": one_pass, "recomputing": recomputing, "plain": plain}
 try:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss as LigerLoss
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from megatron_nft.policy.adam import Adam
 from megatron_nft.policy.layers import PackedAttention, RMSNorm
-from megatron_nft.policy.logprobs import logprobs
+from megatron_nft.policy.logprobs import Head, logprobs
 from megatron_nft.policy.varlen import VarlenAttention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -61,7 +61,7 @@ def test_logprobs_equal_the_plain_way(dtype, tolerance):
     hidden = (torch.randn(1500, 256, device="cuda") / 16).to(dtype).requires_grad_()
     weight = torch.randn(5000, 256, device="cuda").to(dtype).requires_grad_()
     targets = torch.randint(0, 5000, (1500,), device="cuda")
-    got = logprobs(hidden, weight, targets, 5000)
+    got, _ = logprobs(hidden, Head(weight, 5000), targets)
     wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     expected = (wide[0] @ wide[1].T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)

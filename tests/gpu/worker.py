@@ -24,7 +24,7 @@ def main() -> None:
     model = policy.Policy(config, topology)
     groups = made_up_groups()
     answers, numbers = exchange.table(groups)
-    layout = batching.Layout(1, config.train.tokens_per_micro_batch, config.train.prompts_per_update)
+    layout = model.layout(config.train.prompts_per_update)
     weights = partial(objectives.weights, settings=config.objective)
     plan = batching.plan(answers, layout, weights, config.objective.reduction, config.objective.reduction_constant)
     mini_batches = model.receive(groups, numbers, plan)
