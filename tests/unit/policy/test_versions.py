@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from megatron_nft.policy import layers, model, versions
 from megatron_nft.policy.adam import Adam
+from megatron_nft.policy.context import Places
 from megatron_nft.policy.varlen import VarlenAttention
 
 
@@ -57,7 +58,8 @@ def test_equal_to_packed_attention_but_for_the_padding(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(versions, "causal_varlen_attention", lambda scale, made=versions.causal_varlen_attention: made(scale, late))
     q, (k, v) = torch.randn(12, 4, 8), (torch.randn(12, 2, 8) for _ in range(2))
-    packed = SimpleNamespace(cu_seqlens_q=torch.tensor([0, 3, 8, 12], dtype=torch.int32), max_seqlen_q=5)
+    bounds = torch.tensor([0, 3, 8, 12], dtype=torch.int32)
+    packed = SimpleNamespace(cu_seqlens_q=bounds, max_seqlen_q=5, places=Places(bounds, None))
     got, ours = (cls(None, 1, None, None)(q, k, v, None, packed_seq_params=packed) for cls in (VarlenAttention, layers.PackedAttention))
     torch.testing.assert_close(got[:8], ours[:8], rtol=1e-6, atol=1e-6)
     assert got.shape == ours.shape and got.isfinite().all() and ours[8:].abs().max() == 0
