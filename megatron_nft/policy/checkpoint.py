@@ -182,11 +182,12 @@ def _modules(policy) -> dict:
 
 
 def _sharded_state(policy, loading: bool) -> dict:
-    model = {key: module.sharded_state_dict(metadata=METADATA) for key, module in _modules(policy).items()}
+    metadata = dict(METADATA)  # Megatron puts its groups into it
+    model = {key: module.sharded_state_dict(metadata=metadata) for key, module in _modules(policy).items()}
     state = dict(model)
     if _trainable(policy):
         state["rng"] = _rng_object(policy.topology)
-        state["optimizer"] = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=METADATA)
+        state["optimizer"] = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
         state["scheduler"] = policy.scheduler.state_dict()
     return state
 
