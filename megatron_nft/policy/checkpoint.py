@@ -62,8 +62,11 @@ def load(directory: Path, policy) -> dict:
     manifest = read_manifest(directory)
     if _trainable(policy) and not manifest["optimizer"]:
         raise UserError(f"{directory} holds weights without an optimizer", "name a checkpoint of a training run")
+    layout = _layout(policy)
+    if _trainable(policy):
+        check_experts(directory, manifest["layout"], layout)
     wanted = _sharded_state(policy, loading=True)
-    if manifest["layout"] != _layout(policy):  # every rank's generator belongs to its place in the old layout
+    if manifest["layout"] != layout:  # every rank's generator belongs to its place in the old layout
         wanted.pop("rng", None)
     with _damage_reported(directory):
         loaded = _read(wanted, directory)
@@ -75,6 +78,16 @@ def load(directory: Path, policy) -> dict:
     if "rng" in wanted:
         _set_rng(loaded["rng"])
     return manifest["state"]
+
+
+def check_experts(directory: Path, saved: dict, now: dict) -> None:
+    """Raise UserError where only one of two layouts deals experts to ranks: Megatron then keeps them in an optimizer of their own."""
+    before, after = saved.get("expert", 1), now["expert"]
+    if (before > 1) != (after > 1):
+        raise UserError(
+            f"{directory} was saved with parallel.expert_model_parallel_size {before}, and it is {after} now",
+            f"use {'2 or more' if before > 1 else '1'}: with its optimizer a mixture of experts goes from one to the other only as weights",
+        )
 
 
 def _read(wanted: dict, directory: Path) -> dict:
@@ -182,11 +195,12 @@ def _modules(policy) -> dict:
 
 
 def _sharded_state(policy, loading: bool) -> dict:
-    model = {key: module.sharded_state_dict(metadata=METADATA) for key, module in _modules(policy).items()}
+    metadata = dict(METADATA)  # Megatron puts its groups into it
+    model = {key: module.sharded_state_dict(metadata=metadata) for key, module in _modules(policy).items()}
     state = dict(model)
     if _trainable(policy):
         state["rng"] = _rng_object(policy.topology)
-        state["optimizer"] = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=METADATA)
+        state["optimizer"] = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
         state["scheduler"] = policy.scheduler.state_dict()
     return state
 

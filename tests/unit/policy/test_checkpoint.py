@@ -76,3 +76,11 @@ def test_the_newest_are_kept(tmp_path):
         write(tmp_path, step)
     checkpoint.prune(tmp_path, 2)
     assert {d.name for d in (tmp_path / "checkpoints").iterdir()} == {"step_10", "step_100"}
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 1)])
+def test_an_optimizer_stays_with_or_without_dealt_experts(before, after):
+    with pytest.raises(UserError, match=f"expert_model_parallel_size {before}, and it is {after} now"):
+        checkpoint.check_experts("step_1", {"expert": before}, {"expert": after})
+    for saved, now in (({"expert": 2}, {"expert": 4}), ({}, {"expert": 1})):  # an old manifest tells nothing of experts
+        checkpoint.check_experts("step_1", saved, now)
