@@ -65,6 +65,8 @@ def test_overlapped_reduction_with_uneven_updates(overrides, model, single, tmp_
     got = run(tmp_path, model, 2, "train.tokens_per_micro_batch=36", *overrides)
     for mine, reference in zip(got["updates"], single["updates"], strict=True):
         assert mine == pytest.approx(reference, rel=1e-5, abs=1e-7)
+    for name, tensor in single["after"].items():  # of the whole model, whatever the next forward pass would have gathered
+        torch.testing.assert_close(got["after"][name], tensor, rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
