@@ -32,6 +32,7 @@ def train(config: Config) -> None:
                 updates = [run.policy.update(batches, run.objective, objectives.METRICS) for batches in mini_batches]
             with run.log.stage("sync"):  # pi_old <- pi_theta
                 run.sampler.sync(run.policy.hand_over(), version=step)
+                run.policy.offload()
             run.finish_step(step, updates)
         run.finish()
 
@@ -106,6 +107,7 @@ class Run:
         self._open.callback(self.engine.close)
         self.sampler = rollout.Sampler(self.engine, self.judge, self.cursor, config)
         self.sampler.sync(self.policy.hand_over(), version=self.first_step)
+        self.policy.offload()
 
     def __enter__(self) -> Self:
         if self.first_step == 0 and self.config.evaluation.interval and self._validate(0):
