@@ -32,6 +32,7 @@ def train(config: Config) -> None:
                 updates = [run.update(batches, on_policy=number == 0) for number, batches in enumerate(mini_batches)]
             with run.log.stage("sync"):  # pi_old <- pi_theta
                 run.sampler.sync(run.policy.hand_over(), version=step)
+                run.policy.offload()
             run.finish_step(step, updates, measured)
         run.finish()
 
@@ -108,6 +109,7 @@ class Run:
             self.log.note("this vLLM rounds its logits to 16 bits (it has no head_dtype), the trainer does not: watch logprob_difference")
         self.sampler = rollout.Sampler(self.engine, self.judge, self.cursor, config)
         self.sampler.sync(self.policy.hand_over(), version=self.first_step)
+        self.policy.offload()
 
     def __enter__(self) -> Self:
         if self.first_step == 0 and self.config.evaluation.interval and self._validate(0):

@@ -226,12 +226,11 @@ class Policy:
         self._offload.leave(LEVELS[self.config.train.offload])
 
     def hand_over(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """weights() for a sampler on the same device: what it needs no more of this policy leaves first, the parameters with the end of
-        the stream, before the sampler takes the memory for its cache."""
+        """weights() for a sampler on the same device: all but the parameters leaves first. They leave by offload() when the sampler is done
+        with the stream: vLLM keeps views of its last tensors beyond the end."""
         self._gather_parameters()
         self._offload.leave(kind for kind in LEVELS[self.config.train.offload] if kind != "parameters")
         yield from self.gathered(versions.values_of)
-        self.offload()
 
     def _come_back(self) -> None:
         if self._offload is not None:

@@ -51,6 +51,7 @@ def main() -> None:
         out["left"].append(bytes_of(model))
         out["updates"].append(model.update(batches, objective, objectives.METRICS))
         list(model.hand_over())  # as to a sampler on the same device
+        model.offload()
         out["left"].append(bytes_of(model))
     out["after"] = {name: tensor.clone() for name, tensor in model.weights()}
     if topology.is_first:
