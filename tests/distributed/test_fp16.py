@@ -7,7 +7,7 @@ import torch
 
 from megatron_nft import objectives
 from tests.distributed.test_layouts import CONFIG
-from tests.distributed.test_layouts import run as run_float32
+from tests.distributed.test_offload import run as run_float32
 from tests.support import run_ranks, tiny_model
 
 WORKER = Path(__file__).with_name("fp16_worker.py")
@@ -15,7 +15,7 @@ WORKER = Path(__file__).with_name("fp16_worker.py")
 
 def run(tmp_path: Path, model: Path, ranks: int, *overrides: str) -> dict:
     config, output = tmp_path / "config.yaml", tmp_path / "out.pt"
-    config.write_text(CONFIG.replace("PATH", str(model)))
+    config.write_text(CONFIG.replace("unset", str(model)))
     run_ranks(WORKER, ranks, {"config": str(config), "overrides": ["model.precision=fp16", *overrides], "output": str(output)}, tmp_path)
     return torch.load(output)
 
