@@ -146,7 +146,7 @@ class NoOptimizer:
 
 def wrap_float64(module, config):
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=False, use_distributed_optimizer=False, overlap_grad_reduce=False)
-    return DistributedDataParallel(config, settings, module)
+    return DistributedDataParallel(module.config, settings, module)
 
 
 if __name__ == "__main__":
