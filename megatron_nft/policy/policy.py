@@ -118,8 +118,8 @@ class Policy:
         parts, tokens = [], self.config.train.logprob_tokens_per_micro_batch or 0
         for length, same in groupby(batches, key=lambda b: len(b.tokens)):
             run, count = list(same), max(tokens // length, 1)
-            if len(run) // count % self.topology.micro_batch_multiple or len(run) % count:  # an interleaved pipeline takes no odd one
-                count = count if self.topology.micro_batch_multiple == 1 else 1
+            if len(run) % (count * self.topology.micro_batch_multiple) and self.topology.micro_batch_multiple > 1:
+                count = 1  # an interleaved pipeline takes no remainder
             parts += [run[i : i + count] for i in range(0, len(run), count)]
         return parts
 
