@@ -100,6 +100,7 @@ class Run:
             state = self.policy.load(given.checkpoint)
             self.first_step, self.tokens = state["step"], state["tokens"]
             self.cursor.load_state_dict(state["cursor"])
+        self.policy.offload()  # what the engine finds free it takes
         self.log = self._open.enter_context(self._open_log())
         self.policy.offload()  # the engine measures the memory that is free
         precision = policy.precision_of(config.model.precision)
@@ -220,6 +221,7 @@ class Run:
     def _save(self, step: int) -> None:
         state = {"command": "train", "step": step, "tokens": self.tokens, "cursor": self.cursor.state_dict()}
         self.policy.save(self.run_dir / "checkpoints" / f"step_{step}", state)
+        self.policy.offload()
         if self.topology.is_first:
             checkpoint.prune(self.run_dir, self.config.checkpoint.keep)
 

@@ -126,18 +126,11 @@ def _check_batches(config: Config) -> None:
             f"train.prompts_per_update ({config.train.prompts_per_update})",
             "choose sizes that divide",
         )
-    parallel = config.parallel
-    if parallel.sequence_parallel and config.train.tokens_per_micro_batch % parallel.tensor_model_parallel_size:
-        raise UserError(
-            f"train.tokens_per_micro_batch ({config.train.tokens_per_micro_batch}) cannot be divided by "
-            f"parallel.tensor_model_parallel_size ({parallel.tensor_model_parallel_size}), which sequence_parallel asks for",
-            "choose a multiple",
-        )
     joined, tokens = config.train.logprob_tokens_per_micro_batch, config.train.tokens_per_micro_batch
     if joined is not None and joined < tokens:
         raise UserError(
             f"train.logprob_tokens_per_micro_batch ({joined}) is less than train.tokens_per_micro_batch ({tokens})",
-            "use a multiple of it, or leave it out",
+            "use as much or more, or leave it out",
         )
 
 

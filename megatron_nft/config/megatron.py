@@ -50,6 +50,8 @@ def _check_optimizer(config: Config) -> None:
         raise UserError(
             "parallel.overlap_param_gather is on and overlap_grad_reduce off", "turn both on; Megatron has not one without the other"
         )
+    if optimizer.optimizer_offload_fraction != 1.0 and not optimizer.optimizer_cpu_offload:
+        raise UserError("optimizer.optimizer_offload_fraction is set and optimizer_cpu_offload false", "turn it on, or leave the share out")
     for key in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
         if getattr(optimizer, key) != "fp32" and not optimizer.use_precision_aware_optimizer:
             raise UserError(

@@ -166,7 +166,8 @@ class TrainConfig:
     sampled_tokens: int | None = None  # stop after the rollout step that reaches so many in all
     prompts_per_update: int = 16  # a mini-batch: groups per optimiser update
     tokens_per_micro_batch: int = 4096  # fixed length of a packed micro-batch, per rank
-    old_logprobs: str = "recompute"  # recompute (a Megatron forward pass) | rollout (the sampler's)
+    # recompute (a Megatron forward pass) | rollout (the sampler's; entropy and mismatch are then of a step's first mini-batch alone)
+    old_logprobs: str = "recompute"
     # of that pass, which keeps no activations: as many micro-batches at a time as fit; None: one
     logprob_tokens_per_micro_batch: int | None = None
     # what leaves the GPU while vLLM generates: none | gradients | optimizer: these and its state | all: these and the parameters

@@ -1,5 +1,6 @@
 """What is refused before a model is built: settings against the model, the machine, the layout, and Megatron-Core's own rules."""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,7 @@ import torch
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError
 from megatron_nft.policy import model, optimizer, settings, versions
+from megatron_nft.policy.topology import expert_tensor_size
 from megatron_nft.weights import load_huggingface
 
 
@@ -24,7 +26,7 @@ def check(config: Config, window: int, training: bool = True) -> None:
     hf = load_huggingface(config.model.path).config
     _check_fp8(hf, config)
     _check_optimizer(config)
-    _check_recompute(config)
+    _check_recompute(hf, config)
     with _refusals_reported():
         transformer = model.transformer_config(hf, config)
         optimizer.ddp_config(config)
@@ -58,12 +60,14 @@ def _fp8_sizes(hf: dict, config: Config) -> dict[str, float]:
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     head = hf.get("head_dim") or hf["hidden_size"] // heads
     groups = hf.get("num_key_value_heads") or heads
+    expert = hf.get("moe_intermediate_size")
     cut = cp * (tp if parallel.sequence_parallel else 1)
     return {
         "the model's hidden size": hf["hidden_size"],
         "the model's intermediate size on a tensor-parallel rank": hf["intermediate_size"] / tp,
         "the width of a tensor-parallel rank's attention heads": heads * head / tp,
         "the width of a tensor-parallel rank's queries, keys and values": (heads + 2 * groups) * head / tp,
+        **({"the experts' intermediate size on a rank": expert / expert_tensor_size(parallel)} if expert else {}),
         "train.tokens_per_micro_batch on a rank": config.train.tokens_per_micro_batch / cut,
     }
 
@@ -78,9 +82,12 @@ def _check_optimizer(config: Config) -> None:
         )
 
 
-def _check_recompute(config: Config) -> None:
+def _check_recompute(hf: dict, config: Config) -> None:
     """The checkpoint that drops its own output is written with Transformer Engine's names (0.16 and 0.19: NameError without)."""
-    for name in {"layernorm", "moe_act"} & set(config.train.recompute_modules or ()):
+    modules = set(config.train.recompute_modules or ())
+    if experts := modules & {"moe", "moe_act", "shared_experts"} if not hf.get("num_experts") else modules & {"shared_experts"}:
+        raise UserError(f"train.recompute_modules has {min(experts)}, which the model has not", "leave it out")
+    for name in {"layernorm", "moe_act"} & modules:
         if not versions.have_transformer_engine():
             raise UserError(
                 f"train.recompute_modules has {name}, but Transformer Engine is not in use", "leave it out; core_attn and mlp remain"
@@ -93,4 +100,5 @@ def _refusals_reported() -> Iterator[None]:
     try:
         yield
     except (ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"Megatron-Core {versions.version()} refuses these settings: {error}", "change what it names") from error
+        where = traceback.extract_tb(error.__traceback__)[-1].line  # an assertion may say no more
+        raise UserError(f"Megatron-Core {versions.version()} refuses these settings: {error or where}", "change what it names") from error

@@ -50,7 +50,7 @@ class PackedAttention(torch.nn.Module):
             key, value = packed_seq_params.places.gather(torch.stack([key, value], 1), shared=True).unbind(1)  # [tokens, kv heads, d]
         out, rectangles = torch.zeros_like(query), _rectangles(packed_seq_params)
         if not rectangles:  # nothing but padding: zeros that autograd can walk through, for DDP waits for every parameter's gradient
-            out = 0.0 * (query + key.sum() + value.sum())
+            out = 0.0 * query + (0.0 * key).sum() + (0.0 * value).sum()
         for block in rectangles:
             q, k, v = (t[i].transpose(1, 2) for t, i in ((query, block.queries), (key, block.keys), (value, block.keys)))
             attended = F.scaled_dot_product_attention(

@@ -44,16 +44,23 @@ def logprobs(
 
 
 def fused_loss(
-    hidden: torch.Tensor, head: Head, targets: torch.Tensor, loss_of: LossOf, with_entropy: bool = False, chunk: int | None = None
+    hidden: torch.Tensor,
+    head: Head,
+    targets: torch.Tensor,
+    loss_of: LossOf,
+    with_entropy: bool = False,
+    chunk: int | None = None,
+    scale: float = 1.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss and the metrics of `loss_of`, summed over chunks, in the one-pass form: loss_of must be a sum over tokens.
 
     Tensors as in `logprobs`. One small collective per chunk. The gradients are made here, so `backward` can run once only; where
-    gradients are off, or nothing needs one, nothing of them is computed.
+    gradients are off, or nothing needs one, nothing of them is computed. scale: what the loss is going to be multiplied by before
+    `backward`, fp16's loss scale: without it here gradients would be rounded to 16 bits while they are small.
     """
     wanted = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, head.weight))
     metrics: dict[str, torch.Tensor] = {}
-    loss = _FusedLoss.apply(hidden, head.weight, head, targets, loss_of, with_entropy, chunk, wanted, metrics)
+    loss = _FusedLoss.apply(hidden, head.weight, head, targets, loss_of, with_entropy, chunk, scale, wanted, metrics)
     return loss, metrics
 
 
@@ -82,7 +89,7 @@ class _LogProbs(torch.autograd.Function):
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, head, targets, loss_of, with_entropy, chunk, wanted, metrics):
+    def forward(ctx, hidden, weight, head, targets, loss_of, with_entropy, chunk, scale, wanted, metrics):
         work = _Chunks(hidden, head, targets, chunk)
         gradients = work.gradients(wanted)
         losses, sums = [], []
@@ -95,9 +102,9 @@ class _FusedLoss(torch.autograd.Function):
             losses.append(loss.detach())
             sums.append(made)
             if any(wanted):
-                (coefficient,) = torch.autograd.grad(loss, values)
+                coefficient = scale * torch.autograd.grad(loss, values)[0]
                 work.accumulate(gradients, part, softmax, coefficient, coefficient * (largest - lse).detach().exp())
-        ctx.gradients = work.finish(gradients)
+        ctx.gradients, ctx.scale = work.finish(gradients), scale
         metrics.update(_merge(sums))
         return torch.stack(losses).sum()
 
@@ -107,7 +114,8 @@ class _FusedLoss(torch.autograd.Function):
             raise RuntimeError("a fused loss goes backward once: its gradients were made with it and have been handed on")
         # handed on and multiplied in place: a second copy of the weight's gradient would be the largest tensor here
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if g is None else g.mul_(grad) for g in gradients), None, None, None, None, None, None, None)
+        left = grad / ctx.scale
+        return (*(None if g is None else g.mul_(left) for g in gradients), None, None, None, None, None, None, None, None)
 
 
 class _Chunks:

@@ -40,10 +40,12 @@ def loss(
     settings: ObjectiveConfig,
     measured: bool,
     own: bool,
+    scale: float = 1.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of a micro-batch, and its metrics: `loss`, the objective's, and with `measured` MEASURED.
 
     own: the policy is still pi_old, so that the log-probs found here are pi_old's (R = 1), and the correction is made from them.
+    scale: fp16's loss scale, by which the schedule multiplies the loss.
     Settings that decide by the answer need all its log-probs at once, and so the recomputing form of logprobs.py; a loss by the token is
     made of each rank's own slots alone.
     """
@@ -66,7 +68,7 @@ def loss(
         return total, {"loss": total.detach(), **metrics, **sums}
 
     if by_token:
-        return fused_loss(hidden[here], head, batch.targets[counted], loss_of, with_entropy=measured)
+        return fused_loss(hidden[here], head, batch.targets[counted], loss_of, with_entropy=measured, scale=scale)
     total, metrics = loss_of(values, entropies, slice(None))
     return total, _share(metrics, places)
 

@@ -35,9 +35,9 @@ class Offload:
         if self._away and torch.cuda.is_available():
             torch.cuda.empty_cache()  # torch's cache is of no use to vLLM
 
-    def come_back(self) -> None:
-        """Bring back all that is off the device; nothing where nothing is."""
-        for storage, size, host in (entry for kind in list(self._away) for entry in self._away.pop(kind)):
+    def come_back(self, kinds: Iterable[str] = ("gradients", "optimizer", "parameters")) -> None:
+        """Bring back what is off the device of these kinds; nothing where nothing is."""
+        for storage, size, host in (entry for kind in kinds for entry in self._away.pop(kind, ())):
             storage.resize_(size)
             _bytes_of(storage).zero_() if host is None else _bytes_of(storage).copy_(host, non_blocking=True)
 

@@ -40,6 +40,8 @@ def make(chunks: list, config: Config):
     versions.provide_adam()
     megatron, own = optimizer_config(config), config.optimizer
     optimizer = get_megatron_optimizer(megatron, chunks, config_overrides={})
+    for one in optimizer.chained_optimizers:
+        versions.keep_padding(one)
     for one in optimizer.chained_optimizers:  # moments from the start: a run may have to be saved before its first update
         if one.init_state_fn is None:  # kept on the host: Megatron makes it at the first update, or when a checkpoint is loaded
             continue

@@ -138,10 +138,11 @@ class Policy:
         with train.old_logprobs=recompute this pass's log-probs are pi_old's: exactly, without dropout.
         """
         own = on_policy and self.config.train.old_logprobs == "recompute"
+        scale = float(self.optimizer.get_loss_scale()) if self.module.config.fp16 else 1.0
 
         def loss_of(output, batch: Batch):
-            hidden, settings = self._hidden(output), self.config.objective
-            loss, metrics = losses.loss(hidden, self._head(), batch, _places(batch), objective, settings, measured=on_policy, own=own)
+            given = self._hidden(output), self._head(), batch, _places(batch), objective, self.config.objective
+            loss, metrics = losses.loss(*given, measured=on_policy, own=own, scale=scale)
             return loss, torch.zeros((), dtype=torch.int), metrics
 
         self._come_back()
@@ -179,8 +180,11 @@ class Policy:
 
     def _gather_parameters(self) -> None:
         """overlap_param_gather leaves the last update's parameters to the next update's forward pass; anyone else gathers them first."""
-        self._come_back()
-        for chunk in self.chunks if self._offload else ():
+        if self._offload is None:
+            return
+        shared = self.config.megatron.ddp.get("reuse_grad_buf_for_mxfp8_param_ag")  # parameters arrive in the gradients' buffer
+        self._offload.come_back(("gradients", "parameters") if shared else ("parameters",))
+        for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
@@ -228,9 +232,8 @@ class Policy:
     def hand_over(self) -> Iterator[tuple[str, torch.Tensor]]:
         """weights() for a sampler on the same device: all but the parameters leaves first. They leave by offload() when the sampler is done
         with the stream: vLLM keeps views of its last tensors beyond the end."""
-        self._gather_parameters()
         self._offload.leave(kind for kind in LEVELS[self.config.train.offload] if kind != "parameters")
-        yield from self.gathered(versions.values_of)
+        return self.weights()
 
     def _come_back(self) -> None:
         if self._offload is not None:

@@ -24,6 +24,22 @@ _OURS = {
 }
 _SECTIONS = ("model", "parallel", "optimizer", "train")
 
+# Megatron's fields that cannot be passed through, whatever their value.
+_FROM_THE_MODEL = """activation_func_clamp_value apply_query_key_layer_scaling apply_residual_connection_post_layernorm
+    attention_output_gate experimental_attention_variant glu_linear_offset heterogeneous_block_specs layernorm_zero_centered_gamma
+    moe_ffn_hidden_size moe_layer_freq moe_router_enable_expert_bias moe_router_pre_softmax moe_router_score_function moe_router_topk
+    moe_router_topk_scaling_factor moe_shared_expert_gate moe_shared_expert_intermediate_size mtp_num_layers multi_latent_attention
+    no_rope_freq num_moe_experts rotary_interleaved softmax_scale softmax_type use_te_activation_func window_attn_skip_freq window_size"""
+# Megatron multiplies auxiliary losses by the tokens of a micro-batch, which its own reduction divides out again and ours does not.
+_AUXILIARY = "moe_aux_loss_coeff moe_z_loss_coeff"
+_ANOTHER_WAY = """average_in_collective cpu_offloading cuda_graph_impl cuda_graph_scope decoupled_weight_decay enable_cuda_graph
+    external_cuda_graph fine_grained_activation_offloading num_distributed_optimizer_instances use_megatron_fsdp"""
+_REFUSED = {
+    **dict.fromkeys(_FROM_THE_MODEL.split(), "leave it out: it decides what the model computes, as config.json does and vLLM goes by"),
+    **dict.fromkeys(_AUXILIARY.split(), "leave it out: the published objectives have no auxiliary loss"),
+    **dict.fromkeys(_ANOTHER_WAY.split(), "leave it out: this program trains another way"),
+}
+
 
 def precision_of(setting: str) -> str:
     """ "bf16", "fp16" or "fp32"; `auto` is bf16 where CUDA is present and fp32 elsewhere."""
@@ -110,8 +126,10 @@ def complete(kind: str, cls: type, own: dict[str, Any], config: Config, defaults
     hints, values = typing.get_type_hints(cls), {}
     for name, value in getattr(config.megatron, kind).items():
         key = f"megatron.{kind}.{name}"
-        if name in own:
+        if name in own and name not in _REFUSED:
             raise UserError(f"{key} is set, but this program sets that field itself", _mend(name))
+        if name in _REFUSED:
+            raise UserError(f"{key} is set, and is none of the fields that are passed through", _REFUSED[name])
         if name not in hints or name.startswith("_"):
             near = difflib.get_close_matches(str(name), list(hints), 1)
             raise UserError(f"{key} is no field of this Megatron-Core's {cls.__name__}",
@@ -146,9 +164,9 @@ def _as(value: Any, option: Any) -> Any:
     if typing.get_origin(option) is typing.Literal:
         return value if value in typing.get_args(option) else _NO
     if option is torch.dtype:
-        return DTYPES.get(value, _NO)
+        return DTYPES.get(value, _NO) if isinstance(value, str) else _NO
     if isinstance(option, type) and issubclass(option, Enum):
-        return option[value] if value in option.__members__ else _NO
+        return option[value] if isinstance(value, str) and value in option.__members__ else _NO
     if option is float:
         return float(value) if type(value) in (int, float) else _NO
     container = typing.get_origin(option) or option

@@ -14,6 +14,7 @@ def check_layout(hf: dict, config: Config) -> None:
     _check_sizes(hf, parallel)
     _check_experts(hf, parallel)
     _check_slots(parallel, config.train.tokens_per_micro_batch)
+    _check_recompute(hf, config)
 
 
 def _check_sizes(hf: dict, parallel: ParallelConfig) -> None:
@@ -28,6 +29,17 @@ def _check_sizes(hf: dict, parallel: ParallelConfig) -> None:
     ):
         if size % by:
             raise UserError(f"{name} ({size}) cannot be divided by parallel.{setting} ({by})", f"use one of {_divisors(size)}")
+
+
+def _check_recompute(hf: dict, config: Config) -> None:
+    """Megatron recomputes `uniform` runs of layers of one length; it finds out in the middle of a step where the last is shorter."""
+    train, parallel = config.train, config.parallel
+    layers = hf["num_hidden_layers"] // parallel.pipeline_model_parallel_size // (topology.virtual_size(parallel) or 1)
+    if train.recompute_method != "block" and train.recompute_num_layers and layers % train.recompute_num_layers:
+        raise UserError(
+            f"train.recompute_num_layers ({train.recompute_num_layers}) does not divide the {layers} layers of a pipeline stage's chunk",
+            f"use one of {_divisors(layers)}, or recompute_method=block",
+        )
 
 
 def _check_experts(hf: dict, parallel: ParallelConfig) -> None:
@@ -52,9 +64,8 @@ def _check_slots(parallel: ParallelConfig, tokens: int) -> None:
     multiple = lcm(2 * cp if cp > 1 else 1, cp * tp if parallel.sequence_parallel else 1)
     if tokens % multiple:
         why = [f"2 x context_parallel_size ({cp})"] * (cp > 1)
-        why += [
-            f"{'context_parallel_size x ' * (cp > 1)}tensor_model_parallel_size ({tp}) with sequence_parallel"
-        ] * parallel.sequence_parallel
+        product = f"context_parallel_size x tensor_model_parallel_size ({cp} x {tp})" if cp > 1 else f"tensor_model_parallel_size ({tp})"
+        why += [f"{product} with sequence_parallel"] * parallel.sequence_parallel
         raise UserError(
             f"train.tokens_per_micro_batch ({tokens}) cannot be divided by {' and '.join(why)}",
             f"use a multiple of {multiple}, e.g. {-(-tokens // multiple) * multiple}",

@@ -67,7 +67,10 @@ class Topology:
 
 def world_size() -> int:
     """Ranks of this run, from the launcher's environment (torchrun, or srun with our scripts); 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal() or int(given) < 1:
+        raise UserError(f"the environment's WORLD_SIZE is {given!r}", "start the program by torchrun or srun, or unset it")
+    return int(given)
 
 
 def check(parallel: ParallelConfig, world: int) -> None:

@@ -112,10 +112,6 @@ class Table:
         """Every Megatron tensor of the whole model, in model order; a tied head is not among them."""
         return list(self._entries)
 
-    def hf_names(self, megatron_name: str) -> list[str]:
-        """The Hugging Face tensors that make it, in the order they are joined."""
-        return list(self._entry(megatron_name).huggingface)
-
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every Hugging Face tensor and its shape, in model order; a tied head is not among them."""
         return {name: self.sizes.shape(words) for entry in self._entries.values() for name, words in entry.huggingface.items()}

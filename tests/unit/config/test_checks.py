@@ -167,16 +167,6 @@ def test_a_step_is_whole_updates():
     check(config)
 
 
-def test_sequence_parallel_divides_the_micro_batch():
-    config = changed("train.tokens_per_micro_batch", 1001)
-    config.parallel.tensor_model_parallel_size = 2
-    check(config)
-    config.parallel.sequence_parallel = True
-    assert "train.tokens_per_micro_batch (1001)" in refused(config).problem
-    config.train.tokens_per_micro_batch = 1002
-    check(config)
-
-
 def test_a_log_prob_pass_smaller_than_a_micro_batch():
     check(changed("train.logprob_tokens_per_micro_batch", 4096))
     error = refused(changed("train.logprob_tokens_per_micro_batch", 4095))

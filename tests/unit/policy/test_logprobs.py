@@ -188,3 +188,16 @@ def test_no_tokens(form):
 def test_parts_are_even_and_cover_every_token():
     assert module._cut(4096, 882) == [slice(i * 820, min(i * 820 + 820, 4096)) for i in range(5)]
     assert module._cut(5, 10) == [slice(0, 5)] and module._cut(0, 10) == [slice(0, 0)]
+
+
+@pytest.mark.parametrize("denominator", [1e3, 1e5, 2e6])
+def test_a_loss_scale_keeps_small_float16_gradients(denominator):
+    """Handed to the one-pass form, fp16's loss scale is in its gradients before they are rounded: 1 % of float64's, zeros nowhere."""
+    h, w, targets, vocab = make(tokens=64, hidden=16, vocab=31, padded=32)
+    expected = torch.autograd.grad(65536 / denominator * plain(h, w, targets, vocab)[0].sum(), (h, w))
+    small = h.detach().half().requires_grad_(), w.detach().half().requires_grad_()
+    loss, _ = fused_loss(
+        small[0], Head(small[1], vocab), targets, lambda values, *_: (values.sum() / denominator, {}), scale=65536.0, chunk=20
+    )
+    for mine, theirs in zip(torch.autograd.grad(65536.0 * loss, small), expected, strict=True):
+        assert (mine.double() - theirs).norm() < 0.01 * theirs.norm()

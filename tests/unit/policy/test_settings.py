@@ -92,7 +92,13 @@ def test_selective_recompute_and_defaults(read):
         ("megatron.transformer.fp8_margin=true", "megatron.transformer.fp8_margin is True", "Megatron's type is int"),
         ("megatron.transformer.init_method=normal", "megatron.transformer.init_method is 'normal'", "Megatron's type"),
         ("megatron.transformer.attention_backend=fast", "attention_backend is 'fast'", "AttnBackend"),
-        ("megatron.transformer.cpu_offloading_num_layers=9", "refuses these settings: CPU offloading", "change what it names"),
+        ("megatron.transformer.delay_wgrad_compute=true", "refuses these settings: overlap_moe_expert", "change what it names"),
+        ("megatron.transformer.cpu_offloading=true", "megatron.transformer.cpu_offloading is set", "this program trains another way"),
+        ("megatron.transformer.softmax_scale=0.1", "megatron.transformer.softmax_scale is set", "as config.json does"),
+        ("megatron.transformer.moe_aux_loss_coeff=0.1", "megatron.transformer.moe_aux_loss_coeff is set", "no auxiliary loss"),
+        ("megatron.ddp.average_in_collective=true", "megatron.ddp.average_in_collective is set", "this program trains another way"),
+        ("megatron.transformer.attention_backend=[flash]", "attention_backend is ['flash']", "AttnBackend"),
+        ("megatron.transformer.autocast_dtype=[bf16]", "autocast_dtype is ['bf16']", "dtype"),
         ("megatron.transformer.gradient_accumulation_fusion=true", "gradient_accumulation_fusion is on", "leave it out"),
         ("model.fp8=hybrid", "model.fp8 is hybrid, but there is no GPU", "set model.fp8=null"),
         ("optimizer.optimizer_cpu_offload=true", "there is no GPU to offload from", "set it to false"),
@@ -100,8 +106,7 @@ def test_selective_recompute_and_defaults(read):
     ],
 )  # fmt: skip
 def test_refused(override, problem, mend, read):
-    overrides = [override, *(["megatron.transformer.cpu_offloading=true"] if "cpu_offloading_num" in override else [])]
-    error = refused(read(*overrides))
+    error = refused(read(override))
     assert problem in error.problem and mend in error.mend
 
 
@@ -146,3 +151,18 @@ def test_the_line_on_kernels(read, pretend, monkeypatch):
     assert "local layers, torch varlen_attn over packed sequences, bf16, torch AdamW" in model.kernels(read())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert model.kernels(read("model.precision=fp16")).endswith("scaled_dot_product_attention over packed sequences, fp16, torch AdamW")
+
+
+@pytest.mark.parametrize("module", ["moe", "shared_experts"])
+def test_what_a_dense_model_has_not_is_not_recomputed(module, read):
+    error = refused(read("train.recompute_granularity=selective", f"train.recompute_modules=[{module}]"))
+    assert f"train.recompute_modules has {module}, which the model has not" in error.problem
+
+
+@pytest.mark.parametrize("layers, fits", [(1, True), (2, True), (3, False)])
+def test_recomputed_runs_of_layers_divide_a_stage(layers, fits, read):
+    config = read("train.recompute_granularity=full", f"train.recompute_num_layers={layers}")
+    if not fits:
+        assert "train.recompute_num_layers (3) does not divide the 4 layers" in refused(config).problem
+        config.train.recompute_method = "block"
+    checks.check(config, 64)

@@ -66,7 +66,7 @@ def test_layouts_that_fit(model, parallel):
         (DENSE, {CP: 4, "tokens": 4100}, r"tokens_per_micro_batch \(4100\) cannot be divided by 2 x context_\w+ \(4\)", "e.g. 4104"),
         (DENSE, {CP: 4, "tokens": 6}, r"tokens_per_micro_batch \(6\)", "multiple of 8"),
         (DENSE, {TP: 2, SP: True, "tokens": 63}, r"\(63\) cannot be divided by tensor_\w+ \(2\) with sequence_parallel", "e.g. 64"),
-        (DENSE, {TP: 4, CP: 2, SP: True, "tokens": 60}, r"\(60\) .* and context_\w+ x tensor_\w+ \(4\) with", "multiple of 8"),
+        (DENSE, {TP: 4, CP: 2, SP: True, "tokens": 60}, r"\(60\) .* and context_\w+ x tensor_\w+ \(2 x 4\) with", "multiple of 8"),
     ],
 )  # fmt: skip
 def test_layouts_that_do_not_fit(model, parallel, problem, mend):

@@ -52,6 +52,13 @@ def test_what_batching_rounds_up():
     assert (mixed.sequence_multiple, mixed.micro_batch_multiple) == (8, 2)
 
 
+@pytest.mark.parametrize("given", ["x", "0", "-1", ""])
+def test_a_world_size_that_is_none(given, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", given)
+    with pytest.raises(UserError, match="WORLD_SIZE is"):
+        topology.world_size()
+
+
 def test_world_size_is_the_launchers(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert topology.world_size() == 1
