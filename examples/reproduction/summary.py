@@ -52,7 +52,10 @@ def write(runs: list[Run], out: Path, docs: Path) -> None:
         raise SystemExit(f"no run below {out} is complete: run examples/reproduction/reproduce.py")
     picture, complete = docs / "reproduction.png", [run for run in runs if run.complete]
     draw(complete, picture)
-    bases = {run.base: run.rows()[0] for run in complete}
+    starts: dict[str, list[dict]] = {}
+    for run in complete:
+        starts.setdefault(run.base, []).append(run.rows()[0])
+    bases = {base: {key: statistics.mean(row[key] for row in rows) for key in (GREEDY, SAMPLED)} for base, rows in starts.items()}
     problems = sum(1 for _ in (HERE.parent / "arithmetic" / "heldout.jsonl").open())
     parts = {
         "table": table(results, bases),
@@ -72,7 +75,7 @@ def write(runs: list[Run], out: Path, docs: Path) -> None:
 
 
 def table(results: dict[str, dict[int, Result]], bases: dict[str, dict]) -> list[list[str]]:
-    """Header and rows: mean and, over the seeds, standard deviation, in per cent. bases: the first row of a run from each."""
+    """Header and rows: mean and, over the seeds, standard deviation, in per cent. bases: their accuracies."""
     rows = [["arm", "seeds", "greedy", "avg@4", "entropy, change", "updates"]]
     rows += [[f"{name} base", "", f"{row[GREEDY]:.1%}", f"{row[SAMPLED]:.1%}", "", ""] for name, row in sorted(bases.items(), reverse=True)]
     for name in ARMS:
