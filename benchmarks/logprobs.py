@@ -5,7 +5,8 @@
 Float32 on the CPU, hidden 1,024. All ways make the loss of DAPO's objective and the gradients of hidden and weight. plain: full logits,
 log_softmax, autograd. one pass and recomputing: megatron_nft.policy.logprobs. liger: LigerFusedLinearGRPOLoss of liger_kernel.chunked_loss,
 with loss_type "dapo" and without torch.compile, in answers of 1,024 tokens; it is left out where liger_kernel is not installed (--liger:
-a directory that holds it, e.g. by `.venv/bin/python -m pip install --no-deps --target build/liger liger-kernel==0.8.5`). Each way runs once, in a process of its own, one after the other.
+a directory that holds it, e.g. by `.venv/bin/python -m pip install --no-deps --target build/liger liger-kernel==0.8.5`). Each way runs
+once, in a process of its own, one after the other.
 
 peak: the most that was resident while it ran, beyond inputs, weight and the weight's gradient. (Of the plain way the gradient is not yet
 there when most is, so its figure is too small by up to the gradient's size, and our share of it too large.) Where the plain way

@@ -1,6 +1,6 @@
 """The TRL side of benchmarks/against_trl.py, run by the Python of .venv-benchmarks: GRPOTrainer with a clock.
 
-    .venv-benchmarks/bin/python benchmarks/trl_grpo.py SETTINGS.json OUT.json
+    .venv-benchmarks/bin/python [-m torch.distributed.run --nproc-per-node N] benchmarks/trl_grpo.py SETTINGS.json OUT.json
 
 SETTINGS.json is what against_trl.py writes, its `trl` entry GRPOConfig's arguments. OUT.json gets "steps", one entry a rollout step:
 {"seconds", "generate" (seconds), "updates", "answers", "tokens" (sampled, end tokens included), "right"}; and "versions".
@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -48,9 +49,18 @@ class Clock(TrainerCallback):
         if state.global_step % self.updates:
             return
         now = time.perf_counter()
-        counts = {"answers": self._answers, "tokens": self._tokens, "right": self._right, "updates": self.updates}
+        counts = over_all_processes({"answers": self._answers, "tokens": self._tokens, "right": self._right}) | {"updates": self.updates}
         self.steps.append({"seconds": now - self._started, "generate": self._judged - self._started, **counts})
         self._started, self._answers, self._tokens, self._right = now, 0, 0, 0
+
+
+def over_all_processes(counts: dict[str, int]) -> dict[str, int]:
+    """Sums of each process's own answers."""
+    if not dist.is_initialized():
+        return counts
+    sums = torch.tensor(list(counts.values()))
+    dist.all_reduce(sums)
+    return dict(zip(counts, sums.tolist()))
 
 
 def questions(path: str) -> Dataset:
@@ -76,7 +86,8 @@ def main() -> None:
     )
     trainer.train()
     result = {"steps": clock.steps, "versions": {name: version(name) for name in VERSIONS}}
-    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
+    if trainer.accelerator.is_main_process:
+        Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

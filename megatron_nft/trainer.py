@@ -220,8 +220,11 @@ class Run:
 
     def _save(self, step: int) -> None:
         state = {"command": "train", "step": step, "tokens": self.tokens, "cursor": self.cursor.state_dict()}
+        if self.config.train.offload != "none":
+            self.engine.sleep(level=1)  # what left the GPU comes back to be written, and needs the room
         self.policy.save(self.run_dir / "checkpoints" / f"step_{step}", state)
         self.policy.offload()
+        self.engine.wake()
         if self.topology.is_first:
             checkpoint.prune(self.run_dir, self.config.checkpoint.keep)
 
