@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,6 +73,22 @@ def as_in_files(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str
         parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
         for expert, whole in enumerate(tensor):
             yield from zip((f"{path}.{expert}.{part}.weight" for part in parts), whole.chunk(len(parts)), strict=True)
+
+
+def micro_batches_of(model, groups: list[Group], **layout):
+    """(plan, this rank's micro-batches of every mini-batch) as the trainer makes them of the groups that this rank sampled.
+
+    layout: fields of batching.Layout that are not to be the policy's own.
+    """
+    from megatron_nft import batching, objectives
+    from megatron_nft.policy import exchange
+
+    settings = model.config.objective
+    answers, numbers = exchange.table(groups)
+    laid_out = replace(model.layout(model.config.train.prompts_per_update), **layout)
+    weights = partial(objectives.weights, settings=settings)
+    plan = batching.plan(answers, laid_out, weights, settings.reduction, settings.reduction_constant, settings.ratio != "token")
+    return plan, model.receive(groups, numbers, plan)
 
 
 def load_example(file: str):

@@ -44,13 +44,13 @@ def _last(rows: list[dict], key: str) -> float:
 
 def write(runs: list[Run], out: Path, docs: Path) -> None:
     """Write reproduction.md and reproduction.png to `docs`, report.html to `out`; print the table and the findings."""
+    complete = [run for run in runs if run.complete]
     results: dict[str, dict[int, Result]] = {}
-    for run in runs:
-        if run.complete:
-            results.setdefault(run.name, {})[run.seed] = result(run)
+    for run in complete:
+        results.setdefault(run.name, {})[run.seed] = result(run)
     if not results:
         raise SystemExit(f"no run below {out} is complete: run examples/reproduction/reproduce.py")
-    picture, complete = docs / "reproduction.png", [run for run in runs if run.complete]
+    picture = docs / "reproduction.png"
     draw(complete, picture)
     starts: dict[str, list[dict]] = {}
     for run in complete:

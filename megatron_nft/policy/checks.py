@@ -10,7 +10,7 @@ from megatron_nft.config import Config
 from megatron_nft.errors import UserError
 from megatron_nft.policy import model, optimizer, settings, versions
 from megatron_nft.policy.topology import expert_tensor_size
-from megatron_nft.weights import load_huggingface
+from megatron_nft.weights import load_huggingface, table_for
 
 
 def check(config: Config, window: int, training: bool = True) -> None:
@@ -56,18 +56,15 @@ def _check_fp8(hf: dict, config: Config) -> None:
 
 def _fp8_sizes(hf: dict, config: Config) -> dict[str, float]:
     """Rows and columns of the linear layers' operands on a rank, by what the user knows them as. A fraction divides by nothing."""
-    parallel, heads = config.parallel, hf["num_attention_heads"]
+    parallel, sizes = config.parallel, table_for(hf).sizes
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    head = hf.get("head_dim") or hf["hidden_size"] // heads
-    groups = hf.get("num_key_value_heads") or heads
-    expert = hf.get("moe_intermediate_size")
     cut = cp * (tp if parallel.sequence_parallel else 1)
     return {
-        "the model's hidden size": hf["hidden_size"],
-        "the model's intermediate size on a tensor-parallel rank": hf["intermediate_size"] / tp,
-        "the width of a tensor-parallel rank's attention heads": heads * head / tp,
-        "the width of a tensor-parallel rank's queries, keys and values": (heads + 2 * groups) * head / tp,
-        **({"the experts' intermediate size on a rank": expert / expert_tensor_size(parallel)} if expert else {}),
+        "the model's hidden size": sizes.hidden,
+        "the model's intermediate size on a tensor-parallel rank": sizes.ffn / tp,
+        "the width of a tensor-parallel rank's attention heads": sizes.heads * sizes.head / tp,
+        "the width of a tensor-parallel rank's queries, keys and values": (sizes.heads + 2 * sizes.groups) * sizes.head / tp,
+        **({"the experts' intermediate size on a rank": sizes.expert_ffn / expert_tensor_size(parallel)} if sizes.experts else {}),
         "train.tokens_per_micro_batch on a rank": config.train.tokens_per_micro_batch / cut,
     }
 
@@ -85,7 +82,7 @@ def _check_optimizer(config: Config) -> None:
 def _check_recompute(hf: dict, config: Config) -> None:
     """The checkpoint that drops its own output is written with Transformer Engine's names (0.16 and 0.19: NameError without)."""
     modules = set(config.train.recompute_modules or ())
-    if experts := modules & {"moe", "moe_act", "shared_experts"} if not hf.get("num_experts") else modules & {"shared_experts"}:
+    if experts := modules & {"moe", "moe_act", "shared_experts"} if not table_for(hf).sizes.experts else modules & {"shared_experts"}:
         raise UserError(f"train.recompute_modules has {min(experts)}, which the model has not", "leave it out")
     for name in {"layernorm", "moe_act"} & modules:
         if not versions.have_transformer_engine():

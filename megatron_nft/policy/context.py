@@ -30,8 +30,9 @@ class Places:
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         of_ranks = [slots(cu_seqlens, rank, self.size) for rank in range(self.size)]
         self.own = of_ranks[self.rank]  # [tokens / size]
-        self.order = torch.cat(of_ranks)  # [tokens]
-        self.back = torch.argsort(self.order)  # [tokens]
+        if self.size > 1:
+            self.order = torch.cat(of_ranks)  # [tokens]
+            self.back = torch.argsort(self.order)  # [tokens]
 
     def gather(self, values: torch.Tensor, shared: bool = False) -> torch.Tensor:
         """This rank's values [tokens / size, ...] -> those of all slots [tokens, ...], differentiable.

@@ -126,10 +126,10 @@ def complete(kind: str, cls: type, own: dict[str, Any], config: Config, defaults
     hints, values = typing.get_type_hints(cls), {}
     for name, value in getattr(config.megatron, kind).items():
         key = f"megatron.{kind}.{name}"
-        if name in own and name not in _REFUSED:
-            raise UserError(f"{key} is set, but this program sets that field itself", _mend(name))
         if name in _REFUSED:
             raise UserError(f"{key} is set, and is none of the fields that are passed through", _REFUSED[name])
+        if name in own:
+            raise UserError(f"{key} is set, but this program sets that field itself", _mend(name))
         if name not in hints or name.startswith("_"):
             near = difflib.get_close_matches(str(name), list(hints), 1)
             raise UserError(f"{key} is no field of this Megatron-Core's {cls.__name__}",

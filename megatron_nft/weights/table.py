@@ -155,9 +155,7 @@ class Table:
                 raise UserError(f"{name} ({size}) cannot be divided by tensor_model_parallel_size ({tp_size})", f"use one of: {possible}")
 
     def check_expert_parallel(self, ep_size: int, tp_size: int) -> None:
-        """Raise UserError unless the experts divide by ep_size, and each of them by tp_size, the experts' own."""
-        if ep_size > 1 and not self.sizes.experts:
-            raise UserError(f"expert_model_parallel_size is {ep_size}, and the model has no experts", "leave it out")
+        """Of a model with experts. Raise UserError unless they divide by ep_size, and each of them by tp_size, the experts' own."""
         for name, size, setting, by in (
             ("num_experts", self.sizes.experts, "expert_model_parallel_size", ep_size),
             ("moe_intermediate_size", self.sizes.expert_ffn, "expert_tensor_parallel_size", tp_size),

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_nft import batching, objectives, policy
+from megatron_nft import objectives, policy
 from megatron_nft.config import load
-from megatron_nft.policy import exchange
-from tests.support import made_up_groups
+from tests.support import made_up_groups, micro_batches_of
 
 
 def main() -> None:
@@ -19,11 +18,7 @@ def main() -> None:
     topology = policy.initialize(config.parallel, config.seed)
     model = policy.Policy(config, topology)
     groups = made_up_groups()[topology.rank :: topology.world_size]
-    answers, numbers = exchange.table(groups)
-    layout = model.layout(config.train.prompts_per_update)
-    weights = partial(objectives.weights, settings=config.objective)
-    plan = batching.plan(answers, layout, weights, config.objective.reduction, config.objective.reduction_constant)
-    mini_batches = model.receive(groups, numbers, plan)
+    _, mini_batches = micro_batches_of(model, groups)
     model.fill_old_logprobs([b for batches in mini_batches for b in batches], config.objective)
     objective = partial(objectives.loss, settings=config.objective)
     parameters, updates = [snapshot(model)], []

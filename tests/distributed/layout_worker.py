@@ -19,8 +19,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron_nft import batching, objectives, policy
 from megatron_nft.config import load
 from megatron_nft.packing import Packing
-from megatron_nft.policy import exchange, optimizer, versions
-from tests.support import made_up_groups
+from megatron_nft.policy import optimizer, versions
+from tests.support import made_up_groups, micro_batches_of
 
 
 def main() -> None:
@@ -74,12 +74,9 @@ def train(config, topology, groups, old: bool, length_multiple: int | None, save
         gradients.append(tensors(model.gathered(lambda parameter: parameter.main_grad)))
 
     model.module.config.finalize_model_grads_func = reduce_and_keep
-    answers, numbers = exchange.table(groups[topology.rank :: topology.world_size])  # as if its engine had sampled them
-    layout = dataclasses.replace(model.layout(config.train.prompts_per_update), length_multiple=length_multiple)
     settings = config.objective
-    weights = partial(objectives.weights, settings=settings)
-    plan = batching.plan(answers, layout, weights, settings.reduction, settings.reduction_constant, settings.ratio != "token")
-    mini_batches = model.receive(groups[topology.rank :: topology.world_size], numbers, plan)
+    own = groups[topology.rank :: topology.world_size]  # as if its engine had sampled them
+    plan, mini_batches = micro_batches_of(model, own, length_multiple=length_multiple)
     batches = [batch for mini in mini_batches for batch in mini]
     found = {"before": before, "gradients": gradients, "old": model.fill_old_logprobs(batches, settings)}
     found["logprobs"] = {number: values for batch in batches for number, values in old_logprobs(batch)}

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_nft import batching, objectives, policy
+from megatron_nft import objectives, policy
 from megatron_nft.config import Config, load
-from megatron_nft.policy import exchange
-from tests.support import made_up_groups
+from tests.support import made_up_groups, micro_batches_of
 
 
 def bytes_of(model: policy.Policy) -> list[int]:
@@ -29,16 +28,7 @@ def main() -> None:
     model = policy.Policy(config, topology)
     before = {name: tensor.clone() for name, tensor in model.weights()}
     groups = made_up_groups()[topology.rank :: topology.world_size]
-    answers, numbers = exchange.table(groups)
-    layout = model.layout(config.train.prompts_per_update)
-    plan = batching.plan(
-        answers,
-        layout,
-        partial(objectives.weights, settings=config.objective),
-        config.objective.reduction,
-        config.objective.reduction_constant,
-    )
-    mini_batches = model.receive(groups, numbers, plan)
+    _, mini_batches = micro_batches_of(model, groups)
     out = {
         "old": model.fill_old_logprobs([b for batches in mini_batches for b in batches], config.objective),
         "updates": [],

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_nft import batching, objectives, policy
+from megatron_nft import objectives, policy
 from megatron_nft.config import Config, load
-from megatron_nft.policy import exchange, logprobs
-from tests.support import made_up_groups
+from megatron_nft.policy import logprobs
+from tests.support import made_up_groups, micro_batches_of
 
 
 def run(config: Config, topology: policy.Topology, full: bool) -> dict:
@@ -20,13 +20,8 @@ def run(config: Config, topology: policy.Topology, full: bool) -> dict:
     if full:
         config.train.logprob_tokens_per_micro_batch = None
     model = policy.Policy(config, topology)
-    groups = made_up_groups()[topology.rank :: topology.world_size]
-    answers, numbers = exchange.table(groups)
-    layout = model.layout(config.train.prompts_per_update)
     settings = config.objective
-    weights = partial(objectives.weights, settings=settings)
-    plan = batching.plan(answers, layout, weights, settings.reduction, settings.reduction_constant, settings.ratio != "token")
-    mini_batches = model.receive(groups, numbers, plan)
+    _, mini_batches = micro_batches_of(model, made_up_groups()[topology.rank :: topology.world_size])
     batches, later = ([b for mini in part for b in mini] for part in (mini_batches, mini_batches[1:]))
     ours = config.train.old_logprobs == "recompute"
     totals = [model.fill_old_logprobs((batches if ours else mini_batches[0]) if full else later, settings)] if full or ours else []

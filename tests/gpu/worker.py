@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_nft import batching, objectives, policy
+from megatron_nft import objectives, policy
 from megatron_nft.config import load
-from megatron_nft.policy import exchange, versions
+from megatron_nft.policy import versions
 from megatron_nft.policy.offload import LEVELS
-from tests.support import made_up_groups
+from tests.support import made_up_groups, micro_batches_of
 
 
 def main() -> None:
@@ -23,11 +23,7 @@ def main() -> None:
     topology = policy.initialize(config.parallel, config.seed)
     model = policy.Policy(config, topology)
     groups = made_up_groups()
-    answers, numbers = exchange.table(groups)
-    layout = model.layout(config.train.prompts_per_update)
-    weights = partial(objectives.weights, settings=config.objective)
-    plan = batching.plan(answers, layout, weights, config.objective.reduction, config.objective.reduction_constant)
-    mini_batches = model.receive(groups, numbers, plan)
+    _, mini_batches = micro_batches_of(model, groups)
     batches = [b for mini in mini_batches for b in mini]
     model.fill_old_logprobs(batches, config.objective)
     old = {n: b.old_logprobs[(b.answer_index == i) & (b.loss_mask == 1)].cpu() for b in batches for i, n in enumerate(b.answers)}
