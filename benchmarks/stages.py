@@ -56,7 +56,7 @@ def engine_and_sync() -> tuple[float, float]:
     engine_seconds, syncs = time.perf_counter() - started, []
     for version in range(SYNCS):
         started = time.perf_counter()
-        engine.sync(model.weights(), version)
+        engine.sync(model.hand_over(), version)
         syncs.append(time.perf_counter() - started)
     engine.close()
     policy.shutdown()

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -38,7 +39,7 @@ def tiny_model(directory: Path, family: str = "qwen2", tie: bool = True, dtype=t
         **changes,
     }
     torch.manual_seed(seed)
-    name = {"qwen2": "Qwen2", "llama": "Llama", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}[family]
+    name = {"qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}[family]
     config = getattr(transformers, f"{name}Config")(**_FAMILY.get(family, {}), **settings)
     made = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype)
     with torch.no_grad():
@@ -51,6 +52,7 @@ def tiny_model(directory: Path, family: str = "qwen2", tie: bool = True, dtype=t
 
 # a head is not hidden / heads; three of the four layers have experts
 _FAMILY = {
+    "mistral": {"head_dim": 16, "sliding_window": None},
     "qwen3": {"head_dim": 16},
     "qwen3_moe": {
         "head_dim": 16,
@@ -61,6 +63,11 @@ _FAMILY = {
         "mlp_only_layers": [1],
     },
 }
+
+
+def one_bucket(named: Iterable[tuple[str, torch.Tensor]]) -> SimpleNamespace:
+    """Weights as an engine takes them, in one bucket."""
+    return SimpleNamespace(tensors=lambda: iter(named))
 
 
 def as_in_files(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -91,6 +91,8 @@ class RolloutConfig:
     max_num_batched_tokens: int = 16384  # on CPU no prompt may be split, so keep it above max_prompt_length
     cpu_kvcache_space: int = 2  # GiB, CPU only
     enforce_eager: bool = False
+    # MiB of whole tensors that go to the engine in one buffer; a rank needs twice this (or the largest tensor) while weights are synced
+    update_weights_bucket_megabytes: int = 256
 
 
 @dataclass

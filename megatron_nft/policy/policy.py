@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import torch
@@ -22,6 +22,8 @@ from megatron_nft.policy.offload import LEVELS, Offload
 from megatron_nft.policy.topology import Topology, device
 from megatron_nft.trajectories import Batch, Group
 from megatron_nft.weights import (
+    Bucket,
+    Buffers,
     HuggingFaceWeights,
     expert_number,
     load_huggingface,
@@ -50,7 +52,7 @@ class Policy:
         self.modules = model.build(self.hf, config)  # one GPTModel, or the chunks of an interleaved pipeline
         if source:
             self._fill(source)
-        self.chunks, self._offload = self.modules, None
+        self.chunks, self._offload, self._buffers = self.modules, None, Buffers()
         if trainable:
             self.chunks = [optimizer.wrap(module, config) for module in self.modules]
             self.optimizer, self.scheduler = optimizer.make(self.chunks, config)
@@ -229,11 +231,13 @@ class Policy:
         """Move what config.train.offload names off the device. Whatever needs it next brings it back, bit for bit."""
         self._offload.leave(LEVELS[self.config.train.offload])
 
-    def hand_over(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """weights() for a sampler on the same device: all but the parameters leaves first. They leave by offload() when the sampler is done
-        with the stream: vLLM keeps views of its last tensors beyond the end."""
-        self._offload.leave(kind for kind in LEVELS[self.config.train.offload] if kind != "parameters")
-        return self.weights()
+    def hand_over(self) -> Iterator[Bucket]:
+        """weights() in buckets, for a sampler on the same device: all but the parameters leaves first. They leave by offload() when the
+        sampler is done with the stream. It may keep tensors beyond the end, as vLLM does: a bucket's memory is then not used again."""
+        if self._offload is not None:
+            self._offload.leave(kind for kind in LEVELS[self.config.train.offload] if kind != "parameters")
+        self._gather_parameters()
+        return self._buckets(versions.values_of)
 
     def _come_back(self) -> None:
         if self._offload is not None:
@@ -242,18 +246,30 @@ class Policy:
     # ---- weights
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor under its Hugging Face name, full, on every rank; a collective: exhaust it on all ranks."""
+        """Every tensor under its Hugging Face name, full, on every rank; a collective: exhaust it on all ranks. The tensors are the
+        caller's to keep, at the price of the whole bucket that each is a view of."""
         self._gather_parameters()
         return self.gathered(versions.values_of)
 
     def gathered(self, of: Callable[[torch.nn.Parameter], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """weights(), of another tensor of each parameter: what `of` returns, in the parameter's shape."""
+        return chain.from_iterable(map(Bucket.tensors, self._buckets(of)))
+
+    def _buckets(self, of: Callable[[torch.nn.Parameter], torch.Tensor]) -> Iterator[Bucket]:
         from megatron.core import parallel_state
 
-        named = ((name, of(parameter)) for name, parameter in self._named_parameters() if not self._is_tied_copy(name))
-        tp, pp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
-        experts = parallel_state.get_expert_tensor_and_model_parallel_group() if self.table.sizes.experts else None
-        return stream(named, self.table, tp, pp, experts, self.topology.expert_size)
+        named = ((name, parameter) for name, parameter in self._named_parameters() if not self._is_tied_copy(name))
+        return stream(
+            named,
+            self.table,
+            parallel_state.get_tensor_model_parallel_group(),
+            parallel_state.get_pipeline_model_parallel_group(),
+            parallel_state.get_expert_tensor_and_model_parallel_group() if self.table.sizes.experts else None,
+            self.topology.expert_size,
+            self.config.rollout.update_weights_bucket_megabytes * 2**20,
+            of,
+            self._buffers,
+        )
 
     def export(self, directory: Path) -> None:
         """Write, or replace, a Hugging Face directory, with the config and tokenizer files of config.model.path. Collective."""
@@ -269,8 +285,7 @@ class Policy:
     def _fill(self, source: HuggingFaceWeights) -> None:
         for name, parameter in self._named_parameters():
             wanted = "embedding.word_embeddings.weight" if self._is_tied_copy(name) else name
-            full = self.table.to_megatron(wanted, source.get)
-            local = self.table.shard(wanted, full, *self.topology.slice_of(expert_number(name) is not None))
+            local = self.table.to_megatron(wanted, source.get, *self.topology.slice_of(expert_number(name) is not None))
             if local.shape != parameter.shape:
                 raise UserError(
                     f"{name} is {tuple(local.shape)} in {source.directory}, the config asks for {tuple(parameter.shape)}",

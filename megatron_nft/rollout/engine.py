@@ -6,7 +6,9 @@ Ranks 0 .. tp - 1 are engine 0, the next tp ranks engine 1, and so on. The engin
 
 import gc
 from collections.abc import Callable, Iterator
-from typing import Any
+from itertools import chain
+from operator import methodcaller
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,13 @@ from megatron_nft.rollout.settings import (
     weight_names,
 )
 from megatron_nft.trajectories import Response
+
+
+class Tensors(Protocol):
+    """A part of a model's weights, such as weights.Bucket."""
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, full tensor)."""
 
 
 def check_world(rollout: RolloutConfig, world: int) -> None:
@@ -112,23 +121,23 @@ class Engine:
         self._run([(ids, params) for ids in token_ids], finish)
         return results
 
-    def sync(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
-        """Load new weights: full tensors under their Hugging Face names, all of them. Wakes a sleeping engine.
+    def sync(self, buckets: Iterator[Tensors], version: int) -> None:
+        """Load new weights: buckets of full tensors under their Hugging Face names, all of them. Wakes a sleeping engine.
 
-        The tensors are taken one at a time, so a stream needs the memory of one. vLLM's own reload keeps repacked and quantised
-        layers right. The prefix cache, filled by the old weights, is emptied. Raises RuntimeError for a stream that leaves tensors out
-        (vLLM itself would keep the old ones and go on).
+        The buckets are taken one at a time, so a stream needs the memory of one; vLLM holds on to the tensors of a layer until it has them
+        all, and to the last ones beyond the end. vLLM's own reload keeps repacked and quantised layers right. The prefix cache, filled by
+        the old weights, is emptied. Raises RuntimeError for a stream that leaves tensors out (vLLM itself would keep the old ones).
         """
         missing = set(self._names)
 
-        def counted() -> Iterator[tuple[str, torch.Tensor]]:
-            for name, tensor in weights:
-                missing.discard(name)
-                yield name, tensor
+        def counted(named: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+            missing.discard(named[0])
+            return named
 
+        weights = map(counted, chain.from_iterable(map(methodcaller("tensors"), buckets)))  # keeps no bucket while the next one is made
         if self._asleep:
             self._engine.wake_up(["weights"])
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": counted()})
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if missing:
             raise RuntimeError(f"{len(missing)} tensors are missing from the weight stream, e.g. {min(missing)}")
         if self._tied and not self._on_gpu:

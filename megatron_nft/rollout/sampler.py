@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-import torch
-
 from megatron_nft.config import Config
 from megatron_nft.rewards.length import settle
-from megatron_nft.rollout.engine import Engine, Request
+from megatron_nft.rollout.engine import Engine, Request, Tensors
 from megatron_nft.trajectories import OUTCOMES, Group, Prompt, Response
 
 if TYPE_CHECKING:
@@ -152,9 +150,9 @@ class Sampler:
             [own[position] for position in kept if position in own], statistics, waited, self._warnings(len(kept), len(usable), draws)
         )
 
-    def sync(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
-        """New weights for the engine: a stream of (Hugging Face name, full tensor)."""
-        self._engine.sync(weights, version)
+    def sync(self, buckets: Iterator[Tensors], version: int) -> None:
+        """New weights for the engine, as Engine.sync takes them."""
+        self._engine.sync(buckets, version)
 
     def _draw(self, step: int, count: int, first: int, asked: Counter) -> tuple[dict[int, Group], list[GroupSummary], float]:
         """Take `count` prompts and answer this engine's share: {position in the step: group}, their summaries, and seconds waited for

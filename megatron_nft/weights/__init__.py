@@ -3,6 +3,7 @@
 Pure torch: nothing here imports Megatron-Core or vLLM.
 """
 
+from megatron_nft.weights.buckets import Bucket, Buffers, Slot
 from megatron_nft.weights.families import table_for
 from megatron_nft.weights.huggingface import HuggingFaceWeights, load_huggingface, read_json
 from megatron_nft.weights.layouts import padded_vocab_size
@@ -11,8 +12,11 @@ from megatron_nft.weights.table import Entry, Table, expert_number, with_expert
 from megatron_nft.weights.writer import check_vacant, copy_companions, save_huggingface, whole_or_nothing
 
 __all__ = [
+    "Bucket",
+    "Buffers",
     "Entry",
     "HuggingFaceWeights",
+    "Slot",
     "Table",
     "check_vacant",
     "copy_companions",

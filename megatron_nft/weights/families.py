@@ -1,11 +1,12 @@
 """The supported model families, by the model_type of config.json."""
 
 from megatron_nft.errors import UserError
-from megatron_nft.weights import llama, qwen2, qwen3, qwen3_moe
+from megatron_nft.weights import llama, mistral, qwen2, qwen3, qwen3_moe
 from megatron_nft.weights.table import Table
 
 FAMILIES = {
     "llama": llama.layer_entries,
+    "mistral": mistral.layer_entries,
     "qwen2": qwen2.layer_entries,
     "qwen3": qwen3.layer_entries,
     "qwen3_moe": qwen3_moe.layer_entries,

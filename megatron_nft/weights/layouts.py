@@ -1,16 +1,17 @@
 """How a Megatron tensor is made of Hugging Face tensors, and how tensor parallelism cuts it.
 
-Dim 0 of a linear weight is its output, dim 1 its input, in both worlds. A layout answers four questions:
-join and part (between Hugging Face parts and the full Megatron tensor), shard and unshard (between full and one slice a rank).
-All of them return views where a view does.
+Dim 0 of a linear weight is its output, dim 1 its input, in both worlds. A layout answers one question, for both directions: which part
+of a tensor-parallel rank's Megatron tensor is which part of the Hugging Face tensors. `pairs` gives views of both sides, two by two of
+equal shape: to go to Hugging Face copy the first of each onto the second, to come from there the second onto the first.
 """
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megatron_nft.errors import UserError
+
+Pairs = list[tuple[Tensor, Tensor]]  # (view of a rank's Megatron tensor, view of a Hugging Face tensor)
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int, divisible_by: int = 1) -> int:
@@ -91,18 +92,15 @@ def expert_count(config: dict) -> int:
 class Whole:
     """One Hugging Face tensor, the same on every tensor-parallel rank. The base of the other layouts."""
 
-    def join(self, parts: list[Tensor], sizes: Sizes) -> Tensor:
-        (only,) = parts
-        return only
+    cut = False  # whether the ranks hold different slices
 
-    def part(self, full: Tensor, sizes: Sizes) -> list[Tensor]:
-        return [full]
+    def shape(self, parts: list[tuple[int, ...]], size: int) -> tuple[int, ...]:
+        """Of a rank's Megatron tensor, from the shapes of its Hugging Face parts. `size` ranks share the tensor."""
+        return parts[0]
 
-    def shard(self, full: Tensor, rank: int, size: int, sizes: Sizes) -> Tensor:
-        return full
-
-    def unshard(self, shards: list[Tensor], sizes: Sizes) -> Tensor:
-        return shards[0]
+    def pairs(self, shard: Tensor, parts: list[Tensor], rank: int, size: int, sizes: Sizes) -> Pairs:
+        """See the head of this file."""
+        return [(shard, parts[0])]
 
 
 @dataclass(frozen=True)
@@ -110,24 +108,28 @@ class Split(Whole):
     """One Hugging Face tensor, cut into equal chunks: dim 0 in a column-parallel layer, dim 1 in a row-parallel one."""
 
     dim: int
+    cut = True
 
-    def shard(self, full: Tensor, rank: int, size: int, sizes: Sizes) -> Tensor:
-        return full.chunk(size, self.dim)[rank]
+    def shape(self, parts: list[tuple[int, ...]], size: int) -> tuple[int, ...]:
+        joined = [sum(part[0] for part in parts), *parts[0][1:]]  # parts lie one over the other
+        joined[self.dim] //= size
+        return tuple(joined)
 
-    def unshard(self, shards: list[Tensor], sizes: Sizes) -> Tensor:
-        return _cat(shards, self.dim)
+    def pairs(self, shard: Tensor, parts: list[Tensor], rank: int, size: int, sizes: Sizes) -> Pairs:
+        return [(shard, parts[0].chunk(size, self.dim)[rank])]
 
 
 class Vocabulary(Whole):
-    """[vocabulary, hidden], padded with zero rows at the end to equal chunks of dim 0."""
+    """[vocabulary, hidden], padded with rows of zeros at the end to equal chunks of dim 0. The padding has no counterpart."""
 
-    def shard(self, full: Tensor, rank: int, size: int, sizes: Sizes) -> Tensor:
-        rows = padded_vocab_size(sizes.vocabulary, size) // size
-        mine = full[rank * rows : (rank + 1) * rows]
-        return mine if len(mine) == rows else torch.cat([mine, mine.new_zeros(rows - len(mine), *full.shape[1:])])
+    cut = True
 
-    def unshard(self, shards: list[Tensor], sizes: Sizes) -> Tensor:
-        return _cat(shards, 0)[: sizes.vocabulary]
+    def shape(self, parts: list[tuple[int, ...]], size: int) -> tuple[int, ...]:
+        return (padded_vocab_size(parts[0][0], size) // size, *parts[0][1:])
+
+    def pairs(self, shard: Tensor, parts: list[Tensor], rank: int, size: int, sizes: Sizes) -> Pairs:
+        real = parts[0][rank * len(shard) : (rank + 1) * len(shard)]
+        return [(shard[: len(real)], real)]
 
 
 class QueryKeyValue(Split):
@@ -139,34 +141,17 @@ class QueryKeyValue(Split):
     def __init__(self):
         super().__init__(dim=0)
 
-    def join(self, parts: list[Tensor], sizes: Sizes) -> Tensor:
-        rest = parts[0].shape[1:]
-        return torch.cat([part.reshape(sizes.groups, -1, *rest) for part in parts], dim=1).reshape(-1, *rest)
-
-    def part(self, full: Tensor, sizes: Sizes) -> list[Tensor]:
-        rest = full.shape[1:]
+    def pairs(self, shard: Tensor, parts: list[Tensor], rank: int, size: int, sizes: Sizes) -> Pairs:
+        groups = (sizes.groups // size, -1)
         rows = [sizes.query // sizes.groups, sizes.head, sizes.head]  # of one group
-        return [part.reshape(-1, *rest) for part in full.reshape(sizes.groups, -1, *rest).split(rows, dim=1)]
+        return list(zip(shard.unflatten(0, groups).split(rows, dim=1), [part.chunk(size)[rank].unflatten(0, groups) for part in parts]))
 
 
-class GateUp(Whole):
+class GateUp(Split):
     """Gate over up in one weight; every tensor-parallel rank holds its gate rows over its up rows."""
 
-    def join(self, parts: list[Tensor], sizes: Sizes) -> Tensor:
-        return torch.cat(parts)
+    def __init__(self):
+        super().__init__(dim=0)
 
-    def part(self, full: Tensor, sizes: Sizes) -> list[Tensor]:
-        return list(full.chunk(2))
-
-    def shard(self, full: Tensor, rank: int, size: int, sizes: Sizes) -> Tensor:
-        return full if size == 1 else torch.cat([half.chunk(size)[rank] for half in full.chunk(2)])
-
-    def unshard(self, shards: list[Tensor], sizes: Sizes) -> Tensor:
-        if len(shards) == 1:
-            return shards[0]
-        gates, ups = zip(*(shard.chunk(2) for shard in shards))
-        return torch.cat([*gates, *ups])
-
-
-def _cat(shards: list[Tensor], dim: int) -> Tensor:
-    return shards[0] if len(shards) == 1 else torch.cat(shards, dim)
+    def pairs(self, shard: Tensor, parts: list[Tensor], rank: int, size: int, sizes: Sizes) -> Pairs:
+        return list(zip(shard.chunk(2), [part.chunk(size)[rank] for part in parts]))

@@ -1,39 +1,77 @@
 """Local Megatron shards in, full Hugging Face tensors out, on every rank in the same order: what the sampler loads.
 
-A tensor travels in a bucket of bytes: each pipeline stage in turn broadcasts its shards to the other stages, then the
-tensor-parallel ranks gather; for experts, all ranks that hold different experts or slices of them. Broadcasting before gathering sends
-every byte between stages once.
+They come in buckets, each one flat buffer. Shards travel as bytes: each pipeline stage in turn broadcasts its own to the other stages,
+then the tensor-parallel ranks gather; for experts, all ranks that hold different experts or slices of them. Broadcasting before
+gathering sends every byte between stages once. Every slice that has come is copied straight to its place in the bucket.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_nft.weights.buckets import Bucket, Buffers, Slot, room, view
 from megatron_nft.weights.table import Table, expert_number, with_expert
 
 Group = dist.ProcessGroup | None
-ALIGNMENT = 16  # bytes: a slice of a bucket can be viewed as any dtype
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """What every rank knows of a shard: the name, and what to make of its bytes."""
+class Shard:
+    """What every rank knows of a Megatron shard: the name, and what to make of its bytes."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+    def room(self) -> int:
+        """Bytes taken on the way."""
+        return room(self.shape, self.dtype)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that together hold a stage's tensors, slices of one adjacent; of experts, `sets` of ranks hold different ones."""
+
+    size: int = 1
+    sets: int = 1
+    experts: int = 0  # of all sets together
+    group: Group = None
+
+    @classmethod
+    def of(cls, group: Group, sets: int = 1, experts: int = 0) -> "Ranks":
+        return cls(_size(group), sets, experts, group)
+
+    def names(self, shard: Shard) -> list[str]:
+        """What the shard of this rank is on each set of ranks, which hold equally many experts in the same order."""
+        if self.sets == 1:
+            return [shard.name]
+        held = self.experts // self.sets
+        return [with_expert(shard.name, number * held + expert_number(shard.name) % held) for number in range(self.sets)]
+
+
+@dataclass(frozen=True)
+class Load:
+    """A bucket that is to be: shards of one stage, and the places of what becomes of them."""
+
+    stage: int
+    ranks: Ranks
+    shards: list[Shard]
+    slots: list[Slot]
 
     @property
-    def room(self) -> int:
-        """Bytes taken in a bucket."""
-        return -(-self.nbytes // ALIGNMENT) * ALIGNMENT
+    def sent(self) -> int:
+        """Bytes of the shards of one rank."""
+        return sum(shard.room for shard in self.shards)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the bucket."""
+        return sum(room(slot.shape, slot.dtype) for slot in self.slots)
 
 
 def stream(
@@ -44,125 +82,119 @@ def stream(
     expert_group: Group = None,
     expert_parallel_size: int = 1,
     bucket_bytes: int = 256 * 2**20,
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the model under its Hugging Face name, full, in the same order on all ranks. A collective.
+    values: Callable[[Tensor], Tensor] = Tensor.detach,
+    buffers: Buffers | None = None,
+) -> Iterator[Bucket]:
+    """Every tensor of the model under its Hugging Face name, full, in buckets that are alike on all ranks. A collective: call it and
+    exhaust it on all ranks.
 
-    named: this rank's tensors with Megatron names (global layer and expert numbers), those of its pipeline stage only.
+    named: this rank's tensors with Megatron names (global layer and expert numbers), those of its pipeline stage only. What is sent is
+    values(tensor), of the tensor's shape, made when its bucket's turn comes.
     expert_group: the ranks that together hold a stage's experts, slices of an expert adjacent; expert_parallel_size of them hold
     different experts, equally many.
-    bucket_bytes: a gathered bucket holds at most this, or one tensor. Memory: a bucket, its gathered copy and one full tensor,
-    for as long as the consumer keeps no tensor. The tensors may be views of the parameters: read them, do not write.
-    Without groups, or with groups of one rank, nothing is sent or copied and `named` is consumed lazily.
+    bucket_bytes: a bucket holds at most this, or what one Megatron tensor holds. Memory: a bucket, its gathered shards (as many bytes
+    again, none where nothing is gathered), and each earlier bucket of which the consumer still keeps a tensor.
     Raises ValueError where the ranks together do not hold every tensor of the table.
     """
     table.check_tensor_parallel(_size(tp_group))
-    experts = _Experts(expert_group, expert_parallel_size, table.sizes.experts)
-    alone = _size(tp_group) == _size(pp_group) == _size(expert_group) == 1
-    pairs = _local(named, table) if alone else _gathered(dict(named), table, tp_group, pp_group, experts, bucket_bytes)
-    missing = set(table.megatron_names())
-    for name, full in pairs:
-        missing.remove(name)
-        yield from table.to_hf(name, full)
-    if missing:
+    mine = {table.canonical(name): tensor for name, tensor in named}
+    stages = _everyones([Shard(name, tuple(tensor.shape), values(tensor).dtype) for name, tensor in mine.items()], pp_group)
+    experts = Ranks.of(expert_group, expert_parallel_size, table.sizes.experts)
+    loads = list(plan(stages, table, Ranks.of(tp_group), experts, bucket_bytes))
+    held = {name for load in loads for shard in load.shards for name in load.ranks.names(shard)}
+    if missing := set(table.megatron_names()) - held:
         raise ValueError(f"no rank holds {len(missing)} tensors of the model, among them {min(missing)}")
+    device, largest = next(iter(mine.values())).device, max(load.nbytes for load in loads)
+    empty = partial((buffers or Buffers()).empty, largest=largest, device=device)
+    fill = partial(_filled, mine=mine, table=table, pp_group=pp_group, values=values, empty=empty)
+    return map(fill, loads)  # which keeps no bucket while it fills the next
 
 
-def _local(named: Iterable[tuple[str, Tensor]], table: Table) -> Iterator[tuple[str, Tensor]]:
-    """Canonical names and full tensors of a model that is not cut."""
-    for name, tensor in named:
-        yield table.canonical(name), table.unshard(name, [tensor.detach()])
+def plan(stages: list[list[Shard]], table: Table, dense: Ranks, experts: Ranks, bucket_bytes: int) -> Iterator[Load]:
+    """The buckets in the order in which they are filled, from what a rank of each stage holds; stage by stage, those of experts last."""
+    seen: set[str] = set()
+    for stage, shards in enumerate(stages):
+        own = [s for s in shards if not (s.name in seen or seen.add(s.name))]  # a tied embedding stands on two stages: the first sends it
+        if dense.size == experts.size == 1:
+            yield from _loads(stage, dense, own, table, bucket_bytes)
+            continue
+        yield from _loads(stage, dense, [s for s in own if expert_number(s.name) is None], table, bucket_bytes)
+        yield from _loads(stage, experts, [s for s in own if expert_number(s.name) is not None], table, bucket_bytes)
 
 
-@dataclass(frozen=True)
-class _Experts:
-    """Who holds the experts of a stage."""
-
-    group: Group
-    ranks: int  # with different experts
-    count: int  # of all ranks
-
-    def rows(self, bucket: list[_Shard], gathered: Tensor) -> Iterator[tuple[list[_Shard], Tensor]]:
-        """The bucket under the names of each rank's experts, with the rows that hold them. gathered: uint8 [ranks x slices, bucket]"""
-        held = self.count // self.ranks
-        for rank, slices in enumerate(gathered.chunk(self.ranks)):
-            yield [replace(s, name=with_expert(s.name, rank * held + expert_number(s.name) % held)) for s in bucket], slices
-
-
-def _gathered(
-    tensors: dict[str, Tensor], table: Table, tp_group: Group, pp_group: Group, experts: _Experts, bucket_bytes: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Canonical names and full tensors, stage by stage, those of experts last."""
-    mine = {table.canonical(name): tensor.detach() for name, tensor in tensors.items()}
-    for stage, shards in enumerate(_plan(mine, pp_group)):
-        dense, of_experts = ([s for s in shards if (expert_number(s.name) is not None) == kind] for kind in (False, True))
-        for bucket, packed in _received(dense, stage, mine, pp_group, bucket_bytes // _size(tp_group)):
-            yield from _unpack(bucket, _all_gather(packed, tp_group), table)
-        for bucket, packed in _received(of_experts, stage, mine, pp_group, bucket_bytes // _size(experts.group)):
-            for renamed, slices in experts.rows(bucket, _all_gather(packed, experts.group)):
-                yield from _unpack(renamed, slices, table)
-
-
-def _received(
-    shards: list[_Shard], stage: int, mine: dict[str, Tensor], pp_group: Group, limit: int
-) -> Iterator[tuple[list[_Shard], Tensor]]:
-    """Buckets of a stage's shards, on every rank as its counterpart on that stage holds them: uint8 [bucket], at most `limit` bytes."""
-    device = next(iter(mine.values())).device
-    sending = stage == (dist.get_rank(pp_group) if _size(pp_group) > 1 else 0)
-    for bucket in _buckets(shards, limit):
-        packed = _pack(bucket, mine, device) if sending else torch.empty(sum(s.room for s in bucket), dtype=torch.uint8, device=device)
-        if _size(pp_group) > 1:
-            dist.broadcast(packed, group=pp_group, group_src=stage)
-        yield bucket, packed
-
-
-def _plan(mine: dict[str, Tensor], pp_group: Group) -> list[list[_Shard]]:
-    """The shards each stage sends. A tied embedding stands on two stages: the first one that has it sends it."""
-    local = [_Shard(name, tuple(tensor.shape), tensor.dtype) for name, tensor in mine.items()]
-    stages = [local]
-    if _size(pp_group) > 1:
-        stages = [None] * _size(pp_group)
-        dist.all_gather_object(stages, local, group=pp_group)
-    seen = set()
-    return [[shard for shard in shards if not (shard.name in seen or seen.add(shard.name))] for shards in stages]
-
-
-def _buckets(shards: list[_Shard], limit: int) -> Iterator[list[_Shard]]:
-    """Runs of shards of at most `limit` bytes; a larger shard is a bucket of its own."""
-    bucket, filled = [], 0
+def _loads(stage: int, ranks: Ranks, shards: list[Shard], table: Table, limit: int) -> Iterator[Load]:
+    """Runs of shards whose buckets hold at most `limit` bytes; a larger tensor has one of its own."""
+    load, filled = Load(stage, ranks, [], []), 0
     for shard in shards:
-        if bucket and filled + shard.room > limit:
-            yield bucket
-            bucket, filled = [], 0
-        bucket.append(shard)
-        filled += shard.room
-    if bucket:
-        yield bucket
+        parts = [part for name in ranks.names(shard) for part in table.hf_shapes_of(name).items()]
+        size = sum(room(shape, shard.dtype) for _, shape in parts)
+        if load.shards and filled + size > limit:
+            yield load
+            load, filled = Load(stage, ranks, [], []), 0
+        load.shards.append(shard)
+        for name, shape in parts:
+            load.slots.append(Slot(name, shape, shard.dtype, filled))
+            filled += room(shape, shard.dtype)
+    if load.shards:
+        yield load
 
 
-def _pack(bucket: list[_Shard], tensors: dict[str, Tensor], device: torch.device) -> Tensor:
-    """The bucket's shards as bytes, uint8 [bucket]."""
-    packed, start = torch.empty(sum(shard.room for shard in bucket), dtype=torch.uint8, device=device), 0
-    for shard in bucket:
-        packed[start : start + shard.nbytes].view(shard.dtype).view(shard.shape).copy_(tensors[shard.name])
-        start += shard.room
+def _everyones(local: list[Shard], pp_group: Group) -> list[list[Shard]]:
+    """What the ranks of each stage hold."""
+    if _size(pp_group) == 1:
+        return [local]
+    stages = [None] * _size(pp_group)
+    dist.all_gather_object(stages, local, group=pp_group)
+    return stages
+
+
+def _filled(
+    load: Load,
+    mine: dict[str, Tensor],
+    table: Table,
+    pp_group: Group,
+    values: Callable[[Tensor], Tensor],
+    empty: Callable[[int], Tensor],
+) -> Bucket:
+    bucket = Bucket(empty(load.nbytes), load.slots)
+    places = dict(bucket.tensors())
+    if load.ranks.size == _size(pp_group) == 1:
+        slices = ((shard.name, [values(mine[shard.name])]) for shard in load.shards)
+    else:
+        slices = _unpacked(load, gather(received(load, mine, pp_group, values), load.ranks))
+    for name, pieces in slices:
+        table.collect(name, pieces, [places[part] for part in table.hf_shapes_of(name)])
+    return bucket
+
+
+def received(load: Load, mine: dict[str, Tensor], pp_group: Group, values: Callable[[Tensor], Tensor]) -> Tensor:
+    """The shards of a load on every rank as its counterpart on their stage holds them: uint8 [sent]."""
+    packed, start = next(iter(mine.values())).new_empty(load.sent, dtype=torch.uint8), 0
+    if _size(pp_group) == 1 or load.stage == dist.get_rank(pp_group):
+        for shard in load.shards:
+            view(packed, start, shard.shape, shard.dtype).copy_(values(mine[shard.name]))
+            start += shard.room
+    if _size(pp_group) > 1:
+        dist.broadcast(packed, group=pp_group, group_src=load.stage)
     return packed
 
 
-def _all_gather(packed: Tensor, tp_group: Group) -> Tensor:
-    """uint8 [bucket] -> [tp, bucket]."""
-    if _size(tp_group) == 1:
+def gather(packed: Tensor, ranks: Ranks) -> Tensor:
+    """uint8 [sent] -> [ranks, sent]."""
+    if ranks.size == 1:
         return packed[None]
-    gathered = packed.new_empty(_size(tp_group) * len(packed))  # flat: gloo refuses an output of more dimensions than the input
-    dist.all_gather_into_tensor(gathered, packed, group=tp_group)
+    gathered = packed.new_empty(ranks.size * len(packed))  # flat: gloo refuses an output of more dimensions than the input
+    dist.all_gather_into_tensor(gathered, packed, group=ranks.group)
     return gathered.view(-1, len(packed))
 
 
-def _unpack(bucket: list[_Shard], gathered: Tensor, table: Table) -> Iterator[tuple[str, Tensor]]:
-    """Full tensors from uint8 [tp, bucket]."""
-    start = 0
-    for shard in bucket:
-        pieces = [row[start : start + shard.nbytes].view(shard.dtype).view(shard.shape) for row in gathered]
-        yield shard.name, table.unshard(shard.name, pieces)
+def _unpacked(load: Load, gathered: Tensor) -> Iterator[tuple[str, list[Tensor]]]:
+    """Names and their slices, in rank order, from uint8 [ranks, sent]."""
+    start, each = 0, load.ranks.size // load.ranks.sets
+    for shard in load.shards:
+        pieces = [view(row, start, shard.shape, shard.dtype) for row in gathered]
+        for number, name in enumerate(load.ranks.names(shard)):
+            yield name, pieces[number * each : (number + 1) * each]
         start += shard.room
 
 

@@ -1,14 +1,14 @@
 """The table of a model: which Hugging Face tensors make which Megatron tensor, for the whole model."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
 
 from torch import Tensor
 
 from megatron_nft.errors import UserError
-from megatron_nft.weights.layouts import GateUp, QueryKeyValue, Sizes, Split, Vocabulary, Whole
+from megatron_nft.weights.layouts import GateUp, Pairs, QueryKeyValue, Sizes, Split, Vocabulary, Whole
 
 # The Transformer Engine layer spec keeps a norm inside the linear layer that follows it; ours are the local spec's names.
 ALIASES = {
@@ -116,30 +116,62 @@ class Table:
         """Every Hugging Face tensor and its shape, in model order; a tied head is not among them."""
         return {name: self.sizes.shape(words) for entry in self._entries.values() for name, words in entry.huggingface.items()}
 
-    def to_megatron(self, megatron_name: str, get: Callable[[str], Tensor]) -> Tensor:
-        """The full Megatron tensor, neither sharded nor padded, from `get` of a Hugging Face name."""
-        entry = self._entry(megatron_name)
-        return entry.layout.join([get(name) for name in entry.huggingface], self.sizes)
+    def hf_shapes_of(self, megatron_name: str) -> dict[str, tuple[int, ...]]:
+        """The Hugging Face tensors in one Megatron tensor, and their shapes."""
+        return {name: self.sizes.shape(words) for name, words in self._entry(megatron_name).huggingface.items()}
 
-    def to_hf(self, megatron_name: str, full: Tensor) -> list[tuple[str, Tensor]]:
-        """The Hugging Face tensors in a full Megatron tensor; the inverse of to_megatron."""
-        entry = self._entry(megatron_name)
-        return list(zip(entry.huggingface, entry.layout.part(full, self.sizes)))
-
-    def shard(self, megatron_name: str, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-        """One rank's slice of a full tensor, the vocabulary padded with zero rows; of an expert's, tp is the experts' own.
+    def to_megatron(self, megatron_name: str, get: Callable[[str], Tensor], tp_rank: int = 0, tp_size: int = 1) -> Tensor:
+        """A rank's slice of a Megatron tensor from `get` of a Hugging Face name, a cut vocabulary padded with zero rows; of an expert's, tp
+        is the experts' own. What needs no rearranging is the very tensor that `get` gave.
 
         Raises UserError as check_tensor_parallel and check_expert_parallel do.
         """
+        self._check_cut(megatron_name, tp_size)
+        parts = [get(name) for name in self._entry(megatron_name).huggingface]
+        shape = self._entry(megatron_name).layout.shape([tuple(part.shape) for part in parts], tp_size)
+        if len(parts) == 1 and parts[0].shape == shape:
+            return parts[0]
+        shard = parts[0].new_zeros(shape)
+        for mine, theirs in self._pairs(megatron_name, shard, parts, tp_rank, tp_size):
+            mine.copy_(theirs)
+        return shard
+
+    def to_hf(self, megatron_name: str, full: Tensor) -> list[tuple[str, Tensor]]:
+        """The Hugging Face tensors in a full Megatron tensor, neither sharded nor padded; the inverse of to_megatron. As there, what needs
+        no rearranging is the very tensor."""
+        shapes = self.hf_shapes_of(megatron_name)
+        if len(shapes) == 1:
+            return [(name, full) for name in shapes]
+        return self._collected(megatron_name, [full])
+
+    def collect(self, megatron_name: str, shards: Sequence[Tensor], parts: list[Tensor]) -> None:
+        """Copy every rank's slice of a tensor, in rank order, to its places in the Hugging Face tensors, which are given."""
+        cut = self._entry(megatron_name).layout.cut
+        for rank, shard in enumerate(shards if cut else shards[:1]):
+            for mine, theirs in self._pairs(megatron_name, shard, parts, rank, len(shards)):
+                theirs.copy_(mine)
+
+    def shard(self, megatron_name: str, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+        """One rank's slice of a full tensor; otherwise as to_megatron."""
+        return self.to_megatron(megatron_name, dict(self.to_hf(megatron_name, full)).__getitem__, tp_rank, tp_size)
+
+    def unshard(self, megatron_name: str, shards: list[Tensor]) -> Tensor:
+        """The full tensor from every rank's slice, in rank order; the inverse of shard, padding taken off."""
+        return self.to_megatron(megatron_name, dict(self._collected(megatron_name, shards)).__getitem__)
+
+    def _collected(self, megatron_name: str, shards: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+        parts = {name: shards[0].new_empty(shape) for name, shape in self.hf_shapes_of(megatron_name).items()}
+        self.collect(megatron_name, shards, list(parts.values()))
+        return list(parts.items())
+
+    def _pairs(self, megatron_name: str, shard: Tensor, parts: list[Tensor], rank: int, size: int) -> Pairs:
+        return self._entry(megatron_name).layout.pairs(shard, parts, rank, size, self.sizes)
+
+    def _check_cut(self, megatron_name: str, tp_size: int) -> None:
         if expert_number(megatron_name) is None:
             self.check_tensor_parallel(tp_size)
         else:
             self.check_expert_parallel(1, tp_size)
-        return self._entry(megatron_name).layout.shard(full, tp_rank, tp_size, self.sizes)
-
-    def unshard(self, megatron_name: str, shards: list[Tensor]) -> Tensor:
-        """The full tensor from every rank's slice, in rank order; the inverse of shard, padding taken off."""
-        return self._entry(megatron_name).layout.unshard(shards, self.sizes)
 
     def check_tensor_parallel(self, tp_size: int) -> None:
         """Raise UserError unless heads, key-value heads and the MLP divide by tp_size."""

@@ -21,7 +21,7 @@ def main() -> None:
     topology = policy.initialize(config.parallel, config.seed)
     model = policy.Policy(config, topology, trainable=False)
     engine = rollout.Engine(config.model.path, config.rollout, given["window"], "fp32", config.seed)
-    engine.sync(model.weights(), version=1)
+    engine.sync(model.hand_over(), version=1)
     prompts = [Prompt(str(i), "", "", tuple(ids), "test") for i, ids in enumerate(given["prompts"])]
     requests = [rollout.Request(p.token_ids, 1.0, 1.0, given["max_tokens"], seed) for seed, p in enumerate(prompts)]
     responses = engine.generate(requests)

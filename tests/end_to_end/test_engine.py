@@ -5,6 +5,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from megatron_nft.config import RolloutConfig
 from megatron_nft.policy import topology
 from megatron_nft.rollout import Engine, Request
-from tests.support import add_tokenizer, tiny_model
+from tests.support import add_tokenizer, one_bucket, tiny_model
 
 END = 2  # the tokenizer's <|im_end|>
 VOCABULARY = 304
@@ -61,9 +62,10 @@ def load(path: Path):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
-def weights_of(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Full tensors under their Hugging Face names; the tied head is no tensor of its own."""
-    return iter([(name, tensor.detach().clone()) for name, tensor in load(path).named_parameters()])
+def weights_of(path: Path, without: str = "") -> Iterator[SimpleNamespace]:
+    """Full tensors under their Hugging Face names, in two buckets with a layer in both; the tied head is no tensor of its own."""
+    tensors = [(name, tensor.detach().clone()) for name, tensor in load(path).named_parameters() if name != without]
+    return map(one_bucket, (tensors[:20], tensors[20:]))
 
 
 def reference(path: Path, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
@@ -220,7 +222,7 @@ def test_sync_there_and_back_gives_the_first_answers(engine, models):
 @pytest.mark.parametrize("missing", ["model.norm.weight", "model.layers.2.self_attn.k_proj.bias", "model.embed_tokens.weight"])
 def test_a_stream_that_leaves_a_tensor_out_is_refused(engine, models, missing):
     """One of a fused layer's three, too. A whole stream afterwards mends it."""
-    stream = ((name, tensor) for name, tensor in weights_of(models[1]) if name != missing)
+    stream = weights_of(models[1], without=missing)
     with pytest.raises(RuntimeError, match=f"1 tensors are missing from the weight stream, e.g. {missing}"):
         engine.sync(stream, version=8)
     assert engine.weight_version == 0

@@ -54,8 +54,8 @@ class FakeEngine:
         self._lockstep.barrier.wait()  # nobody writes the next value before all have read this one
         return values[:: self._tp]
 
-    def sync(self, weights, version: int) -> None:
-        self.weights, self.weight_version = dict(weights), version
+    def sync(self, buckets, version: int) -> None:
+        self.weights, self.weight_version = {name: tensor for bucket in buckets for name, tensor in bucket.tensors()}, version
 
     def sleep(self) -> None:
         self.slept += 1

@@ -12,6 +12,7 @@ from megatron_nft.rewards import Judge
 from megatron_nft.rollout import Request, Rollout, Sampler
 from megatron_nft.rollout.sampler import answer, seed_of
 from megatron_nft.trajectories import Group, Verdict
+from tests.support import one_bucket
 from tests.unit.rollout.fakes import CHANCE, MIXED, RIGHT, WRONG, FakeEngine, fake_prompt, on_ranks
 
 N = 4
@@ -242,6 +243,6 @@ def test_answer_keeps_order_and_reports_each_answer(judge):
 def test_sync_hands_on_the_stream_and_its_version(judge):
     engine = FakeEngine(N)
     own = sampler(judge, [MIXED], settings(1), engine)
-    own.sync(iter([("a", 1), ("b", 2)]), version=7)
+    own.sync(iter([one_bucket([("a", 1), ("b", 2)])]), version=7)
     assert engine.weights == {"a": 1, "b": 2}
     assert {r.weight_version for r in own.groups(1).groups[0].responses} == {7}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_nft.errors import UserError
-from megatron_nft.weights import load_huggingface, padded_vocab_size, stream, table_for
+from megatron_nft.weights import load_huggingface, padded_vocab_size, table_for
 from tests.support import VOCAB, as_in_files, tiny_model
 
 # 8 heads and 4 key-value heads, so that 1, 2 and 4 tensor-parallel ranks are possible with more than one query head a group
@@ -16,6 +16,7 @@ MODELS = {
     "qwen2 untied": ("qwen2", False, {}),
     "llama tied": ("llama", True, {}),
     "llama untied": ("llama", False, {}),
+    "mistral": ("mistral", False, {}),
     "qwen3": ("qwen3", False, {}),
     "qwen3 experts": ("qwen3_moe", True, {}),
     "llama wide heads": ("llama", False, {"head_dim": 6}),  # hidden / heads is 4
@@ -52,28 +53,20 @@ def test_names_and_shapes_are_those_of_transformers(directory):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_there_and_back_is_bit_identical(directory, dtype, tp):
-    """Join, pad, shard; unshard, take the padding off, part. Each rank's slices have equal shapes."""
+    """Fuse, pad, cut; and back. Each rank's slices have equal shapes, cut from the full tensor or made of the parts at once."""
     source = load_huggingface(directory)
     table, seen = source.table, []
     for name in table.megatron_names():
         full = table.to_megatron(name, lambda hf: source.get(hf).to(dtype))
         shards = [table.shard(name, full, rank, tp) for rank in range(tp)]
         assert len({shard.shape for shard in shards}) == 1, name
+        direct = [table.to_megatron(name, lambda hf: source.get(hf).to(dtype), rank, tp) for rank in range(tp)]
+        assert all(torch.equal(a, b) for a, b in zip(shards, direct, strict=True)), name
         for hf, tensor in table.to_hf(name, table.unshard(name, [shard.clone() for shard in shards])):
             assert tensor.dtype == dtype
             assert torch.equal(tensor, source.get(hf).to(dtype)), hf
             seen.append(hf)
     assert seen == source.names()
-
-
-def test_stream_of_one_rank_gives_every_tensor_in_order(directory):
-    source = load_huggingface(directory)
-    named = [(name, source.table.to_megatron(name, source.get)) for name in source.table.megatron_names()]
-    streamed = list(stream(iter(named), source.table))
-    assert [name for name, _ in streamed] == source.names()
-    assert all(torch.equal(tensor, source.get(name)) for name, tensor in streamed)
-    with pytest.raises(ValueError, match="decoder.final_layernorm.weight"):
-        list(stream([pair for pair in named if "final_layernorm" not in pair[0]], source.table))
 
 
 def config(**changes) -> dict:
@@ -163,6 +156,8 @@ def test_other_names_of_the_same_tensor():
         ({"hidden_size": 10}, "hidden_size in config.json (10)"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
         ({"model_type": "llama", "mlp_bias": True}, "mlp_bias"),
+        ({"model_type": "mistral"}, "sliding_window in config.json is 4096"),
+        ({"model_type": "mistral", "sliding_window": 128}, "sliding_window in config.json is 128"),
     ],
 )
 def test_configs_without_a_table(changes, said):

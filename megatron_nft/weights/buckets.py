@@ -1,0 +1,71 @@
+"""Flat buffers of whole Hugging Face tensors: what the stream hands over."""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16  # bytes: a slice of a buffer can be viewed as any dtype
+
+
+def room(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes that a tensor takes in a buffer."""
+    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def view(buffer: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The tensor that lies at a place in a buffer of bytes."""
+    return buffer[offset : offset + torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one tensor in a buffer."""
+
+    name: str  # Hugging Face's
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int  # bytes, a multiple of ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Whole tensors under their Hugging Face names in one allocation."""
+
+    buffer: Tensor  # uint8 [bytes]
+    slots: list[Slot]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, view of the buffer)."""
+        for slot in self.slots:
+            yield slot.name, view(self.buffer, slot.offset, slot.shape, slot.dtype)
+
+
+class Buffers:
+    """Memory for one bucket after another. A buffer is lent out again when no tensor uses its memory any more.
+
+    On a GPU this is what torch's allocator does. On the CPU large blocks go back to the system and come again as new pages, each zeroed on
+    its first touch: that takes several times as long as filling them, so they are kept here.
+    """
+
+    def __init__(self):
+        self._blocks: list[tuple[np.ndarray, weakref.ref]] = []  # memory, and what stands for the last tensor made of it
+
+    def empty(self, nbytes: int, largest: int, device: torch.device) -> Tensor:
+        """A new tensor, uint8 [nbytes]; `largest` is the most that will be asked for. Blocks that turn out too small are given up."""
+        if device.type != "cpu":
+            return torch.empty(nbytes, dtype=torch.uint8, device=device)
+        used = [(block, user) for block, user in self._blocks if user() is not None]
+        free = [block for block, user in self._blocks if user() is None and len(block) >= nbytes]
+        block, *rest = sorted(free, key=len) or [torch.empty(largest, dtype=torch.uint8).numpy()]
+        part = block[:nbytes]  # lives as long as a tensor does that views its memory
+        self._blocks = [*used, (block, weakref.ref(part)), *((other, _nobody) for other in rest)]
+        return torch.from_numpy(part)
+
+
+def _nobody() -> None:
+    """In place of a reference that is dead."""
