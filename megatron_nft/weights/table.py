@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, prod
 
 from torch import Tensor
 
@@ -111,6 +111,14 @@ class Table:
     def megatron_names(self) -> list[str]:
         """Every Megatron tensor of the whole model, in model order; a tied head is not among them."""
         return list(self._entries)
+
+    def hf_names(self, megatron_name: str) -> tuple[str, ...]:
+        """The Hugging Face tensors that make a Megatron tensor."""
+        return tuple(self._entry(megatron_name).huggingface)
+
+    def numel(self, megatron_name: str) -> int:
+        """Numbers of a Megatron tensor that is neither cut nor padded."""
+        return sum(prod(self.sizes.shape(words)) for words in self._entry(megatron_name).huggingface.values())
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every Hugging Face tensor and its shape, in model order; a tied head is not among them."""
