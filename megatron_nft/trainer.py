@@ -15,6 +15,7 @@ from megatron_nft.logbook import Logbook, writable
 from megatron_nft.policy import checkpoint, exchange
 from megatron_nft.prompts import Cursor, PromptSet
 from megatron_nft.rewards import Judge
+from megatron_nft.selfcheck import SelfCheck
 from megatron_nft.trajectories import Batch, Group
 
 
@@ -31,8 +32,7 @@ def train(config: Config) -> None:
             with run.log.stage("train"):  # NFT: L = - sum w(q) [r log R + (1 - r) log max_v((1 - r̂ R) / (1 - r̂), eps)]
                 updates = [run.update(batches, on_policy=number == 0) for number, batches in enumerate(mini_batches)]
             with run.log.stage("sync"):  # pi_old <- pi_theta
-                run.sampler.sync(run.policy.hand_over(), version=step)
-                run.policy.offload()
+                run.sync(step)
             run.finish_step(step, updates, measured)
         run.finish()
 
@@ -109,8 +109,8 @@ class Run:
         if self.engine.rounds_head:
             self.log.note("this vLLM rounds its logits to 16 bits (it has no head_dtype), the trainer does not: watch logprob_difference")
         self.sampler = rollout.Sampler(self.engine, self.judge, self.cursor, config)
-        self.sampler.sync(self.policy.hand_over(), version=self.first_step)
-        self.policy.offload()
+        self.check = SelfCheck(self.policy, self.engine, [given.prompts[i] for i in range(min(len(given.prompts), 64))], config)
+        self.sync(self.first_step)
 
     def __enter__(self) -> Self:
         if self.first_step == 0 and self.config.evaluation.interval and self._validate(0):
@@ -191,6 +191,12 @@ class Run:
     def update(self, mini_batch: list[Batch], on_policy: bool) -> dict[str, float]:
         """One optimiser step; on_policy: on the weights that sampled. Returns its totals."""
         return self.policy.update(mini_batch, self.objective, objectives.METRICS, on_policy)
+
+    def sync(self, step: int) -> None:
+        """The trainer's weights for the sampler, and the check that they got there."""
+        self.sampler.sync(self.policy.hand_over(), version=step)
+        self.log.add({f"train/{name}": value for name, value in self.check.after_sync(step).items()})
+        self.policy.offload()
 
     def _log_measured(self, totals: list[dict[str, float]]) -> None:
         """Entropy and the sampler's mismatch: of the first update's own pass, and of the forward-only pass over the others."""

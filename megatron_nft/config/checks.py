@@ -175,6 +175,8 @@ _LEAST = {
     "rollout.max_num_batched_tokens": 1,
     "rollout.cpu_kvcache_space": 1,
     "rollout.update_weights_bucket_megabytes": 1,
+    "rollout.check_sync_interval": 0,
+    "rollout.logprob_tolerance": 0.0,
     "reward.workers": 1,
     "reward.time_limit": 1,
     "reward.overlong_buffer": 1,

@@ -84,6 +84,11 @@ class RolloutConfig:
     dynamic_sampling: bool = True  # train on mixed groups only, drawn until there are enough; false: on all of one draw
     max_draws: int = 8  # then train on what was kept
     save: bool = True  # rollouts/step_N.parquet
+    # the sampler's weights are compared with the trainer's after the first sync and those of steps 1 to 5, then every so many steps;
+    # 0: after the first alone
+    check_sync_interval: int = 10
+    # mean |log-prob difference| of fixed tokens that is let pass; default 1e-4 in fp32, 0.1 in bf16 and fp16, 0.5 with fp8
+    logprob_tolerance: float | None = None
     # the engine: vLLM's names
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.6

@@ -4,6 +4,7 @@ from megatron_nft.policy.checks import check
 from megatron_nft.policy.memory import PeakMemory
 from megatron_nft.policy.model import kernels
 from megatron_nft.policy.policy import Policy
+from megatron_nft.policy.selfcheck import checksums, token_logprobs
 from megatron_nft.policy.settings import precision_of
 from megatron_nft.policy.topology import Topology, initialize, shutdown, start_distributed, world_size
 
@@ -12,10 +13,12 @@ __all__ = [
     "Policy",
     "Topology",
     "check",
+    "checksums",
     "initialize",
     "kernels",
     "precision_of",
     "shutdown",
     "start_distributed",
+    "token_logprobs",
     "world_size",
 ]

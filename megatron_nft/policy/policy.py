@@ -87,9 +87,9 @@ class Policy:
         """Exchange answers between ranks as the plan says; returns this rank's micro-batches of every mini-batch."""
         return self.pack(plan, exchange.exchange(groups, numbers, plan, self.topology))
 
-    def pack(self, plan: Plan, answers: dict[int, TrainingAnswer]) -> list[list[Batch]]:
-        """This rank's micro-batches of every mini-batch, from answers it holds by their number in the plan."""
-        mine, multiple = self.topology.data_rank, plan.layout.sequence_multiple
+    def pack(self, plan: Plan, answers: dict[int, TrainingAnswer], replica: int | None = None) -> list[list[Batch]]:
+        """This rank's micro-batches of every mini-batch (or a replica's), from answers it holds by their number in the plan."""
+        mine, multiple = self.topology.data_rank if replica is None else replica, plan.layout.sequence_multiple
         return [
             [_to_device(pack(members, answers, plan, mini.slots, multiple)) for members in mini.micro_batches[mine]]
             for mini in plan.mini_batches
@@ -169,7 +169,7 @@ class Policy:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         if forward_only:
-            self._gather_parameters()
+            self.gather_parameters()
         return get_forward_backward_func()(
             forward_step_func=lambda iterator, chunk: self._forward(next(iterator), chunk, on_output),
             data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
@@ -180,7 +180,7 @@ class Policy:
             forward_only=forward_only,
         )
 
-    def _gather_parameters(self) -> None:
+    def gather_parameters(self) -> None:
         """overlap_param_gather leaves the last update's parameters to the next update's forward pass; anyone else gathers them first."""
         if self._offload is None:
             return
@@ -236,7 +236,7 @@ class Policy:
         sampler is done with the stream. It may keep tensors beyond the end, as vLLM does: a bucket's memory is then not used again."""
         if self._offload is not None:
             self._offload.leave(kind for kind in LEVELS[self.config.train.offload] if kind != "parameters")
-        self._gather_parameters()
+        self.gather_parameters()
         return self._buckets(versions.values_of)
 
     def _come_back(self) -> None:
@@ -248,7 +248,7 @@ class Policy:
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor under its Hugging Face name, full, on every rank; a collective: exhaust it on all ranks. The tensors are the
         caller's to keep, at the price of the whole bucket that each is a view of."""
-        self._gather_parameters()
+        self.gather_parameters()
         return self.gathered(versions.values_of)
 
     def gathered(self, of: Callable[[torch.nn.Parameter], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -258,9 +258,8 @@ class Policy:
     def _buckets(self, of: Callable[[torch.nn.Parameter], torch.Tensor]) -> Iterator[Bucket]:
         from megatron.core import parallel_state
 
-        named = ((name, parameter) for name, parameter in self._named_parameters() if not self._is_tied_copy(name))
         return stream(
-            named,
+            self.named_parameters(),
             self.table,
             parallel_state.get_tensor_model_parallel_group(),
             parallel_state.get_pipeline_model_parallel_group(),
@@ -283,7 +282,7 @@ class Policy:
 
     @torch.no_grad()
     def _fill(self, source: HuggingFaceWeights) -> None:
-        for name, parameter in self._named_parameters():
+        for name, parameter in self._all_parameters():
             wanted = "embedding.word_embeddings.weight" if self._is_tied_copy(name) else name
             local = self.table.to_megatron(wanted, source.get, *self.topology.slice_of(expert_number(name) is not None))
             if local.shape != parameter.shape:
@@ -293,8 +292,11 @@ class Policy:
                 )
             versions.set_values(parameter, local)
 
-    def _named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Parameters of this stage, with global layer and expert numbers."""
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Parameters of this stage under their Megatron names, with global layer and expert numbers; a tied head is the embedding's."""
+        return ((name, parameter) for name, parameter in self._all_parameters() if not self._is_tied_copy(name))
+
+    def _all_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         first_expert = self.topology.expert_rank * self.table.sizes.experts // self.topology.expert_size
         for module in self.modules:
             offset = module.decoder.layers[0].layer_number - 1 if len(module.decoder.layers) else 0
@@ -312,7 +314,7 @@ class Policy:
 
     def save(self, directory: Path, state: dict) -> None:
         """Write a complete checkpoint: model, optimizer, scheduler, RNG, and `state` (JSON) in the manifest."""
-        self._gather_parameters()
+        self.gather_parameters()
         checkpoint.save(directory, self, state)
 
     def load(self, directory: Path) -> dict:

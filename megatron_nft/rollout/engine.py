@@ -6,6 +6,7 @@ Ranks 0 .. tp - 1 are engine 0, the next tp ranks engine 1, and so on. The engin
 
 import gc
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from operator import methodcaller
 from typing import Any, Protocol
@@ -13,8 +14,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_nft.checksums import Checksum
 from megatron_nft.config import RolloutConfig
 from megatron_nft.errors import UserError
+from megatron_nft.rollout import loaded
 from megatron_nft.rollout.settings import (
     Request,
     cpu_arguments,
@@ -106,6 +109,7 @@ class Engine:
 
     def token_logprobs(self, token_ids: list[list[int]]) -> list[list[float]]:
         """Log-prob of every token given those before it, at temperature 1: one list for each sequence, shorter by one than the sequence.
+        Neither a random generator nor the prefix cache remembers the call.
 
         A sequence is shorter than max_model_len: vLLM insists on room for a token more, and refuses the sequence where there is none.
         """
@@ -117,9 +121,23 @@ class Engine:
             rows = zip(token_ids[index][1:], output.prompt_logprobs[1:], strict=True)
             results[index] = [row[token].logprob for token, row in rows]
 
-        params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         self._run([(ids, params) for ids in token_ids], finish)
+        self._reset_prefix_cache()
         return results
+
+    def checksums(self) -> dict[frozenset[str], Checksum]:
+        """Checksums of the weights that the engine holds as they are, by the Hugging Face tensors in them; see rollout/loaded.py."""
+        return self._llm.apply_model(partial(loaded.checksums, names=sorted(self._names)))[0]
+
+    def differing(self, weights: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
+        """Which tensors of a stream this rank does not hold a part of as it should; the stream is taken to its end."""
+        return self._llm.apply_model(lambda model: [name for name, full in weights if loaded.differs(model, name, full)])[0]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The model's tensors under their Hugging Face names; a tied head is not among them."""
+        return frozenset(self._names)
 
     def sync(self, buckets: Iterator[Tensors], version: int) -> None:
         """Load new weights: buckets of full tensors under their Hugging Face names, all of them. Wakes a sleeping engine.
@@ -144,8 +162,7 @@ class Engine:
             self._llm.apply_model(repack_head)
         if self._asleep:
             self._engine.wake_up(["kv_cache"])  # only now: the stream's own buffers are free again
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache: answers were still running during a weight sync")
+        self._reset_prefix_cache()
         self._asleep, self.weight_version = 0, version
 
     def sleep(self, level: int = 2) -> None:
@@ -169,6 +186,10 @@ class Engine:
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=self._group)
         return values[:: len(values) // self.count]
+
+    def _reset_prefix_cache(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: answers were still running")
 
     def close(self) -> None:
         """Free the engine's memory and its groups. torch.distributed stays as it is: it belongs to the caller."""
