@@ -42,7 +42,7 @@ def estimate(hf: dict, tp: int, pp: int, bucket_bytes: int) -> dict[str, float]:
         "bytes of the model": whole,
         "buckets": len(loads),
         "broadcast between pipeline stages": (sent / INFINIBAND + len(loads) * COLLECTIVE) * (pp > 1),
-        "gather over TP": whole * (tp - 1) / tp / NVLINK + len(loads) * COLLECTIVE,
+        "gather over TP": (whole * (tp - 1) / tp / NVLINK + len(loads) * COLLECTIVE) * (tp > 1),
         "copies": 2 * (sent / pp + whole) / HBM + LAUNCH * sum(len(load.shards) / pp + copies(load, table) for load in loads),
         "vLLM's load": 2 * WRITES * whole / tp / HBM + ENGINE_TENSOR * len(table.hf_shapes()),
     }
