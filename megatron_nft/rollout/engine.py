@@ -22,6 +22,7 @@ from megatron_nft.rollout.settings import (
     Request,
     cpu_arguments,
     gpu_arguments,
+    repack_experts,
     repack_head,
     rounds_head,
     sampling_params,
@@ -158,6 +159,8 @@ class Engine:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if missing:
             raise RuntimeError(f"{len(missing)} tensors are missing from the weight stream, e.g. {min(missing)}")
+        if not self._on_gpu:
+            self._llm.apply_model(repack_experts)
         if self._tied and not self._on_gpu:
             self._llm.apply_model(repack_head)
         if self._asleep:

@@ -84,6 +84,14 @@ def repack_head(model: torch.nn.Module) -> None:
     head.quant_method.process_weights_after_loading(head)
 
 
+def repack_experts(model: torch.nn.Module) -> None:
+    """Repack experts after a reload: vLLM 0.32's CPU kernels want them packed, its start packs them, and its reload does not."""
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(layer)
+
+
 def rounds_head(model: torch.nn.Module) -> bool:
     """Whether a started model rounds its logits to 16 bits. The trainer never does: its logits are float32 products.
 

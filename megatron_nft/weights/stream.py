@@ -104,7 +104,8 @@ def stream(
     held = {name for load in loads for shard in load.shards for name in load.ranks.names(shard)}
     if missing := set(table.megatron_names()) - held:
         raise ValueError(f"no rank holds {len(missing)} tensors of the model, among them {min(missing)}")
-    device, largest = next(iter(mine.values())).device, max(load.nbytes for load in loads)
+    device = next(iter(mine.values())).device
+    largest = max(max(load.nbytes, load.sent * load.ranks.size) for load in loads)
     empty = partial((buffers or Buffers()).empty, largest=largest, device=device)
     fill = partial(_filled, mine=mine, table=table, pp_group=pp_group, values=values, empty=empty)
     return map(fill, loads)  # which keeps no bucket while it fills the next
@@ -161,15 +162,17 @@ def _filled(
     if load.ranks.size == _size(pp_group) == 1:
         slices = ((shard.name, [values(mine[shard.name])]) for shard in load.shards)
     else:
-        slices = _unpacked(load, gather(received(load, mine, pp_group, values), load.ranks))
+        slices = _unpacked(load, gather(received(load, mine, pp_group, values, empty), load.ranks, empty))
     for name, pieces in slices:
         table.collect(name, pieces, [places[part] for part in table.hf_shapes_of(name)])
     return bucket
 
 
-def received(load: Load, mine: dict[str, Tensor], pp_group: Group, values: Callable[[Tensor], Tensor]) -> Tensor:
+def received(
+    load: Load, mine: dict[str, Tensor], pp_group: Group, values: Callable[[Tensor], Tensor], empty: Callable[[int], Tensor]
+) -> Tensor:
     """The shards of a load on every rank as its counterpart on their stage holds them: uint8 [sent]."""
-    packed, start = next(iter(mine.values())).new_empty(load.sent, dtype=torch.uint8), 0
+    packed, start = empty(load.sent), 0
     if _size(pp_group) == 1 or load.stage == dist.get_rank(pp_group):
         for shard in load.shards:
             view(packed, start, shard.shape, shard.dtype).copy_(values(mine[shard.name]))
@@ -179,11 +182,11 @@ def received(load: Load, mine: dict[str, Tensor], pp_group: Group, values: Calla
     return packed
 
 
-def gather(packed: Tensor, ranks: Ranks) -> Tensor:
+def gather(packed: Tensor, ranks: Ranks, empty: Callable[[int], Tensor]) -> Tensor:
     """uint8 [sent] -> [ranks, sent]."""
     if ranks.size == 1:
         return packed[None]
-    gathered = packed.new_empty(ranks.size * len(packed))  # flat: gloo refuses an output of more dimensions than the input
+    gathered = empty(ranks.size * len(packed))  # flat: gloo refuses an output of more dimensions than the input
     dist.all_gather_into_tensor(gathered, packed, group=ranks.group)
     return gathered.view(-1, len(packed))
 

@@ -120,6 +120,10 @@ class Table:
         """The Hugging Face tensors in one Megatron tensor, and their shapes."""
         return {name: self.sizes.shape(words) for name, words in self._entry(megatron_name).huggingface.items()}
 
+    def shard_shape(self, megatron_name: str, tp_size: int) -> tuple[int, ...]:
+        """Of one rank's slice, padding included; of an expert's tensor tp is the experts' own."""
+        return self._entry(megatron_name).layout.shape(list(self.hf_shapes_of(megatron_name).values()), tp_size)
+
     def to_megatron(self, megatron_name: str, get: Callable[[str], Tensor], tp_rank: int = 0, tp_size: int = 1) -> Tensor:
         """A rank's slice of a Megatron tensor from `get` of a Hugging Face name, a cut vocabulary padded with zero rows; of an expert's, tp
         is the experts' own. What needs no rearranging is the very tensor that `get` gave.
@@ -128,7 +132,7 @@ class Table:
         """
         self._check_cut(megatron_name, tp_size)
         parts = [get(name) for name in self._entry(megatron_name).huggingface]
-        shape = self._entry(megatron_name).layout.shape([tuple(part.shape) for part in parts], tp_size)
+        shape = self.shard_shape(megatron_name, tp_size)
         if len(parts) == 1 and parts[0].shape == shape:
             return parts[0]
         shard = parts[0].new_zeros(shape)

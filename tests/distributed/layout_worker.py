@@ -79,7 +79,9 @@ def train(config, topology, groups, old: bool, length_multiple: int | None, save
     plan, mini_batches = micro_batches_of(model, own, length_multiple=length_multiple)
     batches = [batch for mini in mini_batches for batch in mini]
     found = {"before": before, "gradients": gradients, "old": model.fill_old_logprobs(batches, settings)}
-    found["logprobs"] = {number: values for batch in batches for number, values in old_logprobs(batch)}
+    found["logprobs"] = {}
+    for part in everyones([pair for batch in batches for pair in old_logprobs(batch)] if topology.speaks else []):
+        found["logprobs"] |= part
     if not old:
         model.copy_old_logprobs(batches)
     objective = partial(loss, settings=settings)
@@ -91,10 +93,15 @@ def train(config, topology, groups, old: bool, length_multiple: int | None, save
             model.save(save, {"step": 1})
     found["after"] = tensors(model.weights())
     found["slots"] = [mini.slots for mini in plan.mini_batches]
-    answers_here = [sum(len(batch.answers) for batch in mini) for mini in mini_batches]
-    found["answers"] = [None] * topology.world_size
-    dist.all_gather_object(found["answers"], answers_here)
+    found["answers"] = everyones([sum(len(batch.answers) for batch in mini) for mini in mini_batches])
     return found
+
+
+def everyones(value) -> list:
+    """The values of all ranks."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def loss(inputs, settings):

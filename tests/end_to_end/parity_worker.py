@@ -16,27 +16,33 @@ from megatron_nft.trajectories import Group, Prompt, Verdict
 def main() -> None:
     given = json.loads(Path(sys.argv[1]).read_text())
     config = Config(run_dir="unused")
-    config.model.path = given["model"]
     config.train.tokens_per_micro_batch = given["window"] * 2
+    config.rollout.cpu_kvcache_space = 1
     topology = policy.initialize(config.parallel, config.seed)
+    found = {name: one_model(case, given["window"], topology, config) for name, case in given["cases"].items()}
+    Path(given["output"]).write_text(json.dumps(found))
+    policy.shutdown()
+
+
+def one_model(case: dict, window: int, topology: policy.Topology, config: Config) -> list[dict[str, list[float]]]:
+    """Each answer's log-probs by program."""
+    config.model.path = case["model"]
     model = policy.Policy(config, topology, trainable=False)
-    engine = rollout.Engine(config.model.path, config.rollout, given["window"], "fp32", config.seed)
+    engine = rollout.Engine(config.model.path, config.rollout, window, "fp32", config.seed)
     engine.sync(model.hand_over(), version=1)
-    prompts = [Prompt(str(i), "", "", tuple(ids), "test") for i, ids in enumerate(given["prompts"])]
-    requests = [rollout.Request(p.token_ids, 1.0, 1.0, given["max_tokens"], seed) for seed, p in enumerate(prompts)]
+    prompts = [Prompt(str(i), "", "", tuple(ids), "test") for i, ids in enumerate(case["prompts"])]
+    requests = [rollout.Request(p.token_ids, 1.0, 1.0, case["max_tokens"], seed) for seed, p in enumerate(prompts)]
     responses = engine.generate(requests)
+    engine.close()
     for response in responses:
         response.verdict = Verdict(1.0, "right")
     groups = [Group(p, [r], position=i) for i, (p, r) in enumerate(zip(prompts, responses, strict=True))]
     by_megatron = megatron_logprobs(model, groups, topology, config)
-    hf = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
-    out = []
-    for number, group in enumerate(groups):
-        [response] = group.responses
-        out.append({"vllm": response.logprobs, "megatron": by_megatron[number], "huggingface": hf_logprobs(hf, group)})
-    Path(given["output"]).write_text(json.dumps(out))
-    engine.close()
-    policy.shutdown()
+    hf = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32, experts_implementation="eager")
+    return [
+        {"vllm": group.responses[0].logprobs, "megatron": by_megatron[number], "huggingface": hf_logprobs(hf, group)}
+        for number, group in enumerate(groups)
+    ]
 
 
 def megatron_logprobs(model: policy.Policy, groups: list[Group], topology: policy.Topology, config: Config) -> dict[int, list[float]]:
