@@ -107,6 +107,13 @@ def values_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter.data
 
 
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor kept in FP8 in the dtype it is said to have; any other as it is."""
+    from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
+
+    return dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
+
+
 @torch.no_grad()
 def set_values(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
     """Fill a parameter. One kept in FP8 also has the values that the optimizer's float32 copy starts from, unrounded."""
@@ -164,3 +171,20 @@ def provide_adam() -> None:
     optimizer.Adam = distrib_optimizer.Adam = Adam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
+
+
+def split_state(state: dict, validate: bool) -> tuple[dict, dict | None]:
+    """(what ranks share, what all have in common) of a sharded state, as dist_checkpointing.save() splits it.
+
+    Up to 0.16 the common part is a file of its own, common.pt; later it is one of the shared objects, and None here. validate: compare
+    between all ranks that every part of every tensor is saved once.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+
+    sharded, common = save_preprocess(state, validate)
+    if "async_strategy" not in inspect.signature(dist_checkpointing.save).parameters:
+        return sharded, common
+    sharded["common_state"] = ShardedObject("common_state", common, (1,), (0,), replica_id=torch.distributed.get_rank())
+    return sharded, None
