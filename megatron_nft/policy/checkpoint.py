@@ -82,15 +82,16 @@ def _load(directory: Path, policy) -> dict:
     wanted = _sharded_state(policy, loading=True)
     if manifest["layout"] != layout:  # every rank's generator belongs to its place in the old layout
         wanted.pop("rng", None)
-    common = _names(wanted)
+    named = _names(wanted)
     _fill_all(wanted, directory, weights_only=not _trainable(policy))
     loaded = _read(wanted, directory)
-    if lacking := _agreed(next((name for name in common if not _has(loaded, name)), None)):
-        raise _lacks(directory, ".".join(lacking))
+    if lacking := _agreed(next((name for name in named if not _has(loaded, name)), None)):
+        raise _lacks(directory, ".".join(map(str, lacking)))
     for key, module in _modules(policy).items():
         module.load_state_dict(loaded[key], strict=True)
     if _trainable(policy):
         optimizer.load(policy.optimizer, loaded["optimizer"])
+        policy.scheduler.num_steps = 0  # Megatron adds the checkpoint's count to it
         policy.scheduler.load_state_dict(loaded["scheduler"])
     if "rng" in wanted:
         _set_rng(loaded["rng"])
@@ -112,7 +113,7 @@ def check_experts(directory: Path, saved: dict, now: dict) -> None:
 
 def _fill_all(wanted: dict, directory: Path, weights_only: bool) -> None:
     """Raise UserError, on every rank, unless the checkpoint has all that any rank wants, and nothing that no rank has a place for."""
-    from megatron.core.dist_checkpointing import load_sharded_metadata
+    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
     from megatron.core.dist_checkpointing.utils import extract_sharded_base
@@ -127,7 +128,9 @@ def _fill_all(wanted: dict, directory: Path, weights_only: bool) -> None:
     if lacking := asked - held:
         raise _lacks(directory, min(lacking))
     if left := {name for name in held - asked if not _may_be_left(name, weights_only)}:
-        raise UserError(f"the checkpoint {directory} holds {min(left)}, for which this model has no place", "use the model it was made with")
+        raise UserError(
+            f"the checkpoint {directory} holds {min(left)}, for which this model has no place", "use the model it was made with"
+        )
 
 
 def _name(entry) -> str:
@@ -141,9 +144,12 @@ def _may_be_left(name: str, weights_only: bool) -> bool:
 
 
 def _names(state, at: tuple = ()) -> list[tuple]:
-    """Paths of the entries of a state that all ranks have in common: those that are no shards."""
+    """Paths of the entries of a state that have no keys of their own in the index: what all ranks have in common, and what is in this
+    rank's generators."""
     from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory
 
+    if isinstance(state, ShardedBase) and state.key == "rng":
+        return [(*at, key) for key in state.data]
     if isinstance(state, ShardedBase | ShardedTensorFactory):
         return []
     if isinstance(state, dict | list):

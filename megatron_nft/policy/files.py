@@ -62,3 +62,8 @@ def write_index(writer, metadata, results: list[list], directory: Path) -> None:
 
     writer.finish(metadata, results)
     save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+
+
+def write_common(common: dict, directory: Path) -> None:
+    """Write what all ranks have in common as Megatron-Core 0.16 reads it."""
+    torch.save(common, directory / "common.pt")

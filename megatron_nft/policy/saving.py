@@ -52,7 +52,8 @@ class Saver:
         self._group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._saved: Saved | None = None
-        self._fault: BaseException | None = None
+        self._fault: Exception | None = None  # of this rank, and known to the others
+        self._broken: BaseException | None = None
         self._validated = False
 
     def start(self, directory: Path, make_state: Callable[[], dict], live: list[torch.Tensor], about: dict, companions: Path) -> None:
@@ -82,7 +83,10 @@ class Saver:
             self._saved.stalled += time.perf_counter() - started
             return None
         self._thread.join()
-        saved, fault, self._thread, self._saved, self._fault = self._saved, self._fault, None, None, None
+        saved, fault, broken = self._saved, self._fault, self._broken
+        self._thread = self._saved = self._fault = self._broken = None
+        if broken is not None:
+            raise broken
         if fault is not None and _disk_error(fault) is None:
             raise fault
         saved.stalled += time.perf_counter() - started
@@ -99,8 +103,8 @@ class Saver:
     def _run(self, *arguments) -> None:
         try:
             self._save(*arguments)
-        except BaseException as error:  # raised by finish()
-            self._fault = error
+        except BaseException as error:  # raised by finish(): the other ranks may wait for what this one did not come to
+            self._broken = error
 
     def _save(self, directory: Path, snapshot: Snapshot, started: float) -> None:
         """Write, and agree with the other ranks on how it went."""
@@ -170,7 +174,7 @@ def _complete(written: Path, directory: Path, snapshot: Snapshot, writer, metada
     """On the first rank, when all files of tensors are in: the small files, the manifest, the final name."""
     copy_companions(snapshot.companions, written)
     if snapshot.common is not None:
-        torch.save(snapshot.common, written / "common.pt")
+        files.write_common(snapshot.common, written)
     files.write_index(writer, metadata, [results for results, _, _ in everyone], written)
     known = {name: mark for _, marks, _ in everyone for name, mark in marks.items()}
     others = [file for file in written.rglob("*") if file.is_file() and str(file.relative_to(written)) not in known]
