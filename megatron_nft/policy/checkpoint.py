@@ -35,7 +35,7 @@ def start(saver: Saver, directory: Path, policy, state: dict) -> None:
     about = {"layout": _layout(policy), "dtype": dtype, "optimizer": _trainable(policy), "state": state}
 
     def make_state() -> dict:
-        return _sharded_state(policy, loading=False) | {"content_metadata": dict(METADATA)}
+        return sharded_state(policy, loading=False) | {"content_metadata": dict(METADATA)}
 
     saver.start(directory, make_state, _live(policy), about, Path(policy.config.model.path))
 
@@ -79,7 +79,7 @@ def _load(directory: Path, policy) -> dict:
     layout = _layout(policy)
     if _trainable(policy):
         check_experts(directory, manifest["layout"], layout)
-    wanted = _sharded_state(policy, loading=True)
+    wanted = sharded_state(policy, loading=True)
     if manifest["layout"] != layout:  # every rank's generator belongs to its place in the old layout
         wanted.pop("rng", None)
     named = _names(wanted)
@@ -113,8 +113,8 @@ def check_experts(directory: Path, saved: dict, now: dict) -> None:
 
 def _fill_all(wanted: dict, directory: Path, weights_only: bool) -> None:
     """Raise UserError, on every rank, unless the checkpoint has all that any rank wants, and nothing that no rank has a place for."""
-    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
     from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
     from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
     from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
@@ -232,7 +232,7 @@ def _modules(policy) -> dict:
     return {f"model{i}" if len(policy.modules) > 1 else "model": module for i, module in enumerate(policy.modules)}
 
 
-def _sharded_state(policy, loading: bool) -> dict:
+def sharded_state(policy, loading: bool) -> dict:
     metadata = dict(METADATA)  # Megatron puts its groups into it
     model = {key: module.sharded_state_dict(metadata=metadata) for key, module in _modules(policy).items()}
     state = dict(model)

@@ -55,6 +55,7 @@ class Saver:
         self._fault: Exception | None = None  # of this rank, and known to the others
         self._broken: BaseException | None = None
         self._validated = False
+        self._kept: dict[int, torch.Tensor] = {}  # memory for what is copied to the host
 
     def start(self, directory: Path, make_state: Callable[[], dict], live: list[torch.Tensor], about: dict, companions: Path) -> None:
         """Take a snapshot and begin to write it. make_state gives Megatron's sharded state; live: tensors that training changes."""
@@ -65,7 +66,7 @@ class Saver:
             # how the ranks share the tensors does not change: Megatron compares it between all of them once
             sharded, common = versions.split_state(make_state(), validate=not self._validated)
             self._validated = True
-            snapshot = Snapshot(_on_host(sharded, live), copy.deepcopy(common), copy.deepcopy(about), companions)
+            snapshot = Snapshot(self._on_host(sharded, live), copy.deepcopy(common), copy.deepcopy(about), companions)
         self._saved = Saved(directory, 0.0, 0.0, None)
         self._thread = threading.Thread(target=self._run, args=(directory, snapshot, started), name="checkpoint", daemon=True)
         self._thread.start()
@@ -97,6 +98,28 @@ class Saver:
         running = torch.tensor([int(self._thread.is_alive())], device=device)
         dist.all_reduce(running, dist.ReduceOp.MAX)
         return not running.item()
+
+    def _on_host(self, sharded: dict, live: list[torch.Tensor]) -> dict:
+        """Tensors on the host that share nothing with the live ones, in memory that is kept for the next save; other objects copied."""
+        from megatron.core.dist_checkpointing.dict_utils import nested_values
+        from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+        storages = {tensor.untyped_storage().data_ptr() for tensor in live}
+        for number, entry in enumerate(nested_values(sharded)):
+            if not isinstance(entry, ShardedTensor):
+                entry.data = copy.deepcopy(entry.data)
+                continue
+            values = versions.plain(entry.data.detach())
+            if values.device.type == "cpu" and values.untyped_storage().data_ptr() not in storages:
+                entry.data = values
+                continue
+            kept = self._kept.get(number)
+            if kept is None or (kept.shape, kept.dtype) != (values.shape, values.dtype):
+                kept = self._kept[number] = torch.empty(values.shape, dtype=values.dtype, device="cpu")
+            entry.data = kept.copy_(values, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return sharded
 
     # ---- in the thread
 
@@ -180,26 +203,6 @@ def _complete(written: Path, directory: Path, snapshot: Snapshot, writer, metada
     others = [file for file in written.rglob("*") if file.is_file() and str(file.relative_to(written)) not in known]
     known |= manifest.secured(written, others)
     manifest.publish(written, snapshot.about | {"files": dict(sorted(known.items()))}, directory)
-
-
-def _on_host(sharded: dict, live: list[torch.Tensor]) -> dict:
-    """Tensors on the host that share nothing with the live ones; other objects copied."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
-    storages = {tensor.untyped_storage().data_ptr() for tensor in live}
-    for entry in nested_values(sharded):
-        if not isinstance(entry, ShardedTensor):
-            entry.data = copy.deepcopy(entry.data)
-            continue
-        values = versions.plain(entry.data.detach())
-        if values.device.type != "cpu":
-            entry.data = values.to("cpu", non_blocking=True)
-        elif values.untyped_storage().data_ptr() in storages:
-            entry.data = values.clone()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return sharded
 
 
 @contextmanager

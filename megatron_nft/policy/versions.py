@@ -131,33 +131,6 @@ def fused_adam() -> str | None:
     return "Transformer Engine" if optimizer.Adam.__module__.startswith("transformer_engine") else "Apex"
 
 
-def keep_padding(optimizer) -> None:
-    """Mend what a distributed optimizer gives its `fully_reshardable` checkpoints (0.16 to 0.19 alike).
-
-    It lays the buckets' states end to end without the padding at their ends, and then cuts parameters out where they are with it: behind a
-    padded bucket all of them would be shifted in the file, with a warning at most. Here the padding is put back before it cuts.
-    """
-    gathered = optimizer.get_parameter_state_dp_zero
-
-    def padded(*args, **kwargs):
-        state = gathered(*args, **kwargs)
-        for number, buffer in enumerate(optimizer.buffers if state is not None else ()):
-            for tensors in state[number].values():
-                tensors.update({key: with_padding(t, buffer.buckets) for key, t in tensors.items() if torch.is_tensor(t)})
-        return state
-
-    optimizer.get_parameter_state_dp_zero = padded
-
-
-def with_padding(packed: torch.Tensor, buckets: list) -> torch.Tensor:
-    """Values of all buckets end to end -> each bucket's at its place in the buffer, zeros between."""
-    spread, at = packed.new_zeros(max(bucket.offset + bucket.numel_unpadded for bucket in buckets)), 0
-    for bucket in buckets:
-        spread[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[at : at + bucket.numel_unpadded]
-        at += bucket.numel_unpadded
-    return spread
-
-
 def provide_adam() -> None:
     """Give Megatron-Core's optimizer an Adam whose step lives in the param group, where no FusedAdam is installed or can run.
 

@@ -79,7 +79,7 @@ def test_what_is_written_is_what_was_when_it_started(model, tmp_path):
         model.scheduler.step(increment=5)
         gate.set()
         saved = model.finish_save(wait=True)
-    assert saved.problem is None and 0 < saved.stalled and 0 < saved.seconds
+    assert saved.problem is None and saved.stalled > 0 and saved.seconds > 0
     assert model.finish_save(wait=True) is None
     assert names(tmp_path) == ["step_1"]
     assert model.load(tmp_path / "step_1") == {"step": 1}
@@ -161,8 +161,8 @@ def test_a_place_that_cannot_be_written(model, tmp_path):
 
 
 def state_without(*path):
-    """_sharded_state, less one entry."""
-    whole = checkpoint._sharded_state
+    """sharded_state, less one entry."""
+    whole = checkpoint.sharded_state
 
     def less(*arguments, **settings):
         state = at = whole(*arguments, **settings)
@@ -171,7 +171,7 @@ def state_without(*path):
         del at[path[-1]]
         return state
 
-    return mock.patch.object(checkpoint, "_sharded_state", less)
+    return mock.patch.object(checkpoint, "sharded_state", less)
 
 
 GROUP = ("optimizer", "optimizer", "param_groups")
