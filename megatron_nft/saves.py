@@ -45,6 +45,12 @@ class Saves:
         if not self.config.checkpoint.async_save:
             self.finish()
 
+    def poll(self) -> None:
+        """Once a step: end the save under way where it is written."""
+        if self.model.saving:
+            with self.log.stage("checkpoint"):
+                self.finish(wait=False)
+
     def finish(self, wait: bool = True) -> None:
         """End the save under way where it is written, or wait until it is; then delete what is not kept."""
         saved = self.model.finish_save(wait)

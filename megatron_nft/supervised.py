@@ -41,8 +41,7 @@ def sft(config: Config) -> None:
             {f"train/{name}": totals[name] for name in ("loss", "grad_norm", "lr", "loss_scale") if name in totals},
             tokens=totals["terms_count"],
         )
-        with log.stage("checkpoint"):
-            kept.finish(wait=False)
+        kept.poll()
         log.commit(step)
         if step == config.sft.steps or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
             with log.stage("checkpoint"):

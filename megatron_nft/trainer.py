@@ -209,8 +209,7 @@ class Run:
         self.log.add({f"train/{name}": value for name, value in objectives.summarize(updates, config.optimizer.clip_grad).items()})
         if config.evaluation.interval and (step % config.evaluation.interval == 0 or last):
             self._validate(step)
-        with self.log.stage("checkpoint"):
-            self.saves.finish(wait=False)
+        self.saves.poll()
         self.log.commit(step)  # before the save: a run that is killed between the two makes the row again, and none is lost
         if last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
             with self.log.stage("checkpoint"):  # counts to the next row

@@ -43,7 +43,7 @@ class Policy:
         """trainable=False leaves out gradients and optimizer (conversion, parity checks). weights=False leaves the weights unset, for
         load() to fill: config.model.path then needs no more than a config.json."""
         self.config, self.topology = config, topology
-        self._saver: checkpoint.Saver | None = None
+        self._saver = checkpoint.Saver()
         self.temperature = config.rollout.temperature  # log-probs are of the distribution that is sampled from
         source = load_huggingface(config.model.path) if weights else None
         self.hf = source.config if source else read_json(Path(config.model.path) / "config.json")
@@ -300,13 +300,16 @@ class Policy:
         """Begin to write a complete checkpoint: model, optimizer, scheduler, RNG, and `state` (JSON) in the manifest. What training does
         from here on is not in it. finish_save() has to be called before the next one is started."""
         self._gather_parameters()
-        if self._saver is None:
-            self._saver = checkpoint.Saver()
         checkpoint.start(self._saver, directory, self, state)
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save was started that finish_save() has not ended."""
+        return self._saver.under_way
 
     def finish_save(self, wait: bool) -> checkpoint.Saved | None:
         """How the save that was started ended; None where none was, and, unless it is waited for, while one goes on on any rank."""
-        return self._saver.finish(wait) if self._saver else None
+        return self._saver.finish(wait)
 
     def save(self, directory: Path, state: dict) -> None:
         """Write a complete checkpoint, and wait for it. Raises UserError where the disk does not take it."""

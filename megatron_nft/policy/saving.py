@@ -49,6 +49,8 @@ class Saver:
     """The saves of one policy, one at a time. All methods are collective."""
 
     def __init__(self):
+        from megatron.core.dist_checkpointing.strategies import filesystem_async, torch  # noqa: F401 (takes long: not in the first save)
+
         self._group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._saved: Saved | None = None
@@ -71,6 +73,11 @@ class Saver:
         self._thread = threading.Thread(target=self._run, args=(directory, snapshot, started), name="checkpoint", daemon=True)
         self._thread.start()
         self._saved.stalled = time.perf_counter() - started
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a save was started and not finished; the same on every rank."""
+        return self._thread is not None
 
     def finish(self, wait: bool) -> Saved | None:
         """The save that was started, once it has ended on every rank; None while it has not, and where none was started.

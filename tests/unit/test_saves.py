@@ -25,6 +25,10 @@ class FakeModel:
         assert self.under_way is None
         self.under_way = directory, state
 
+    @property
+    def saving(self) -> bool:
+        return self.under_way is not None
+
     def finish_save(self, wait: bool) -> Saved | None:
         if self.under_way is None or not wait:
             return None
@@ -45,7 +49,7 @@ def config(run_dir: Path, **settings) -> Config:
 
 
 def run_of(run_dir: Path, **settings) -> saves.Saves:
-    return saves.Saves(FakeModel(), config(run_dir, **settings), mock.Mock(), is_first=True)
+    return saves.Saves(FakeModel(), config(run_dir, **settings), mock.MagicMock(), is_first=True)
 
 
 def kept(run_dir: Path) -> list[str]:
@@ -68,7 +72,7 @@ def test_the_best_and_the_newest_are_kept_over_a_restart(tmp_path):
 def test_it_is_written_while_the_run_goes_on(tmp_path):
     run = run_of(tmp_path)
     run.start({"step": 1})
-    run.finish(wait=False)
+    run.poll()
     assert not (tmp_path / "checkpoints").exists()
     run.start({"step": 2})  # waits for the one before
     assert kept(tmp_path) == ["step_1"]
