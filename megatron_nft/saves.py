@@ -62,7 +62,7 @@ class Saves:
             self.log.note(f"{name} could not be saved, the run goes on without: {saved.problem}")
             return
         settings = self.config.checkpoint
-        self.log.add({"checkpoint/seconds": saved.seconds})
+        self.log.add({"time/checkpoint_write": saved.seconds})
         self.log.note(f"{name} saved in {duration(saved.seconds)}, of which the run waited {duration(saved.stalled)}{self._best()}")
         if self.is_first:
             checkpoint.prune(self.run_dir, settings.keep, settings.keep_best)

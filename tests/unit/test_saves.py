@@ -76,7 +76,7 @@ def test_it_is_written_while_the_run_goes_on(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
     run.start({"step": 2})  # waits for the one before
     assert kept(tmp_path) == ["step_1"]
-    assert run.log.add.call_args.args[0] == {"checkpoint/seconds": 2.0}
+    assert run.log.add.call_args.args[0] == {"time/checkpoint_write": 2.0}
     waiting = run_of(tmp_path / "other", async_save=False)
     waiting.start({"step": 1})
     assert kept(tmp_path / "other") == ["step_1"]
