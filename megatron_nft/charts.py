@@ -102,8 +102,8 @@ def charts_of(rows: list[dict]) -> list[Chart]:
 
 
 def stage_names(rows: list[dict]) -> list[str]:
-    """The stages that these rows time, in the order of a step."""
-    names = {key.removeprefix("time/") for row in rows for key in row if key.startswith("time/")} - {"step"}
+    """The stages that these rows time, in the order of a step; a checkpoint is written beside them."""
+    names = {key.removeprefix("time/") for row in rows for key in row if key.startswith("time/")} - {"step", "checkpoint_write"}
     return [name for name in STAGES if name in names] + sorted(names - STAGES.keys())
 
 

@@ -2,7 +2,8 @@
 
 A row is one step: every metric added and every second of a stage since the last commit. Its keys are `step`, `tokens`
 (sampled in the step), `timestamp` (Unix time), `time/<stage>` and `time/step` in seconds, `train/<metric>`,
-`validation/<set>/greedy` and `validation/<set>/avg@k` in 0..1, `memory/<phase>` in bytes.
+`validation/<set>/greedy` and `validation/<set>/avg@k` in 0..1, `memory/<phase>` in bytes. `time/checkpoint_write` is how
+long a save took that ended in the step, from its start until it was complete; what the loop waited for it is in `time/checkpoint`.
 """
 
 import json

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_nft import batching, objectives, policy, prompts
+from megatron_nft import batching, objectives, policy, prompts, saves
 from megatron_nft.config import Config, save
 from megatron_nft.errors import UserError
 from megatron_nft.logbook import Logbook
@@ -22,13 +22,14 @@ def sft(config: Config) -> None:
     topology = policy.initialize(config.parallel, config.seed)
     model = policy.Policy(config, topology)
     model.temperature = 1.0
-    first_step = model.load(resume_from)["step"] if resume_from else 0
+    first_step = model.load_newest(resume_from)[1]["step"] if resume_from else 0
     run_dir = Path(config.run_dir)
     if topology.is_first:
         run_dir.mkdir(parents=True, exist_ok=True)
         save(config, run_dir / "config.yaml")
     log = Logbook(run_dir, "sft", config.sft.steps, first_step, config.logging, asdict(config), enabled=topology.is_first,
                   meter=policy.PeakMemory())  # fmt: skip
+    kept = saves.Saves(model, config, log, topology.is_first)
     log.note(f"{len(examples)} examples; {policy.kernels(config)}")
     for step in range(first_step + 1, config.sft.steps + 1):
         with log.stage("batching"):
@@ -40,12 +41,12 @@ def sft(config: Config) -> None:
             {f"train/{name}": totals[name] for name in ("loss", "grad_norm", "lr", "loss_scale") if name in totals},
             tokens=totals["terms_count"],
         )
+        kept.poll()
         log.commit(step)
         if step == config.sft.steps or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
             with log.stage("checkpoint"):
-                model.save(run_dir / "checkpoints" / f"step_{step}", {"command": "sft", "step": step})
-                if topology.is_first:
-                    checkpoint.prune(run_dir, config.checkpoint.keep)
+                kept.start({"command": "sft", "step": step})
+    kept.end()
     if config.checkpoint.export:
         model.export(run_dir / "huggingface")
         log.note(f"wrote {run_dir / 'huggingface'}")

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from megatron_nft import batching, evaluation, objectives, policy, prompts, rollout
+from megatron_nft import batching, evaluation, objectives, policy, prompts, rollout, saves
 from megatron_nft.config import Config, max_model_len, save
 from megatron_nft.errors import UserError
 from megatron_nft.logbook import Logbook, writable
@@ -60,6 +60,7 @@ class Given:
         """Raises UserError for whatever is missing or does not fit."""
         found = checkpoint.find(config, "train")
         check_together(config)
+        saves.check(config)
         policy.check(config, max_model_len(config))
         tokenizer = prompts.load_tokenizer(config.model.path)
         training = prompts.load_prompts(config.data.train, tokenizer, config.data)
@@ -96,12 +97,14 @@ class Run:
         self.objective = partial(objectives.loss, settings=config.objective)
         self.cursor = Cursor(given.prompts, config.seed, config.data.shuffle)
         self.first_step = self.tokens = 0  # tokens: sampled so far
+        self.validated: tuple[int, dict[str, float]] = (-1, {})  # the last validation: after which step, and what it gave
         if given.checkpoint:
-            state = self.policy.load(given.checkpoint)
+            _, state = self.policy.load_newest(given.checkpoint)
             self.first_step, self.tokens = state["step"], state["tokens"]
             self.cursor.load_state_dict(state["cursor"])
         self.policy.offload()  # what the engine finds free it takes
         self.log = self._open.enter_context(self._open_log())
+        self.saves = saves.Saves(self.policy, config, self.log, self.topology.is_first)
         self.policy.offload()  # the engine measures the memory that is free
         precision = policy.precision_of(config.model.precision)
         self.engine = rollout.Engine(config.model.path, config.rollout, max_model_len(config), precision, config.seed)
@@ -212,6 +215,7 @@ class Run:
         self.log.add({f"train/{name}": value for name, value in objectives.summarize(updates, config.optimizer.clip_grad).items()})
         if config.evaluation.interval and (step % config.evaluation.interval == 0 or last):
             self._validate(step)
+        self.saves.poll()
         self.log.commit(step)  # before the save: a run that is killed between the two makes the row again, and none is lost
         if last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
             with self.log.stage("checkpoint"):  # counts to the next row
@@ -221,21 +225,22 @@ class Run:
         """Whether there was anything to validate on."""
         if self.validation:
             with self.log.stage("validate"):
-                self.log.add(evaluation.validate(self.engine, self.judge, self.validation, self.config, step))
+                self.validated = step, evaluation.validate(self.engine, self.judge, self.validation, self.config, step)
+                self.log.add(self.validated[1])
         return bool(self.validation)
 
     def _save(self, step: int) -> None:
         state = {"command": "train", "step": step, "tokens": self.tokens, "cursor": self.cursor.state_dict()}
         if self.config.train.offload != "none":
             self.engine.sleep(level=1)  # what left the GPU comes back to be written, and needs the room
-        self.policy.save(self.run_dir / "checkpoints" / f"step_{step}", state)
+        validated, scores = self.validated
+        self.saves.start(state, scores if validated == step else None)
         self.policy.offload()
         self.engine.wake()
-        if self.topology.is_first:
-            checkpoint.prune(self.run_dir, self.config.checkpoint.keep)
 
     def finish(self) -> None:
-        """Export the model, write the report, print the table."""
+        """Export the model, write the report, print the table. Raises UserError where the last checkpoint could not be saved."""
+        self.saves.end()
         if self.config.checkpoint.export:
             self.policy.export(self.run_dir / "huggingface")
         self.log.close()

@@ -206,6 +206,7 @@ _LEAST = {
     "evaluation.max_tokens": 1,
     "checkpoint.interval": 0,
     "checkpoint.keep": 1,
+    "checkpoint.keep_best": 0,
     "sft.steps": 0,
     "sft.sequences_per_update": 1,
 }

@@ -1,12 +1,7 @@
-"""Checkpoints: Megatron's distributed format, the files that make it a model of its own (config, tokenizer), and a manifest, written
-last. No manifest: not a checkpoint."""
+"""Checkpoints: Megatron's distributed format, with the files that make it a model of its own (config, tokenizer), and a manifest."""
 
-import json
 import logging
 import random
-import re
-import shutil
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,65 +10,88 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_nft.config import Config
 from megatron_nft.errors import UserError
 from megatron_nft.policy import optimizer
-from megatron_nft.weights import copy_companions, read_json
+from megatron_nft.policy.manifest import MANIFEST, best, damage, find, newest, prune, read_manifest, score_of, sweep
+from megatron_nft.policy.saving import Saved, Saver, failed
+
+__all__ = [
+    "MANIFEST", "Saved", "Saver", "best", "failed", "find", "load", "load_newest", "newest", "prune", "read_manifest", "score_of",
+    "start", "sweep",
+]  # fmt: skip
 
 _log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-CHECKED = 2**26  # bytes: files up to this size have their checksum in the manifest; reading back more would double the time of a save
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def save(directory: Path, policy, state: dict) -> None:
-    """Collective. `state` must be JSON; everything else comes from the policy. A directory of the same name is replaced.
+def start(saver: Saver, directory: Path, policy, state: dict) -> None:
+    """Begin to save. Collective. `state` must be JSON; everything else comes from the policy. A directory of the same name is replaced.
 
     The manifest says what is there: the layout, the dtype of the weights, whether there is an optimizer, size and checksum of the
     files, `state`.
     """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+    dtype = str(policy.module.config.params_dtype).removeprefix("torch.")
+    about = {"layout": _layout(policy), "dtype": dtype, "optimizer": _trainable(policy), "state": state}
 
-    if policy.topology.is_first:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-    dist.barrier()
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    dist_checkpointing.save(_sharded_state(policy, loading=False), str(directory), strategy, content_metadata=METADATA)
-    dist.barrier()
-    if policy.topology.is_first:
-        copy_companions(Path(policy.config.model.path), directory)
-        files = {str(f.relative_to(directory)): _fingerprint(f) for f in sorted(directory.rglob("*")) if f.is_file()}
-        dtype = str(policy.module.config.params_dtype).removeprefix("torch.")
-        manifest = {"layout": _layout(policy), "dtype": dtype, "optimizer": _trainable(policy), "files": files, "state": state}
-        temporary = directory / (MANIFEST + ".partial")
-        temporary.write_text(json.dumps(manifest, indent=1))
-        temporary.rename(directory / MANIFEST)
-    dist.barrier()
+    def make_state() -> dict:
+        return sharded_state(policy, loading=False) | {"content_metadata": dict(METADATA)}
+
+    saver.start(directory, make_state, _live(policy), about, Path(policy.config.model.path))
+
+
+def load_newest(directory: Path, policy) -> tuple[Path, dict]:
+    """Load `directory`, a run's newest checkpoint, or the newest before it where that one is damaged; returns it and its state. Collective:
+    the ranks share the reading of checksums. Raises UserError where every one of them is damaged."""
+    run_dir, first_problem = directory.parent.parent, None
+    candidate = _first_ranks(directory)
+    while candidate is not None:
+        problem = _agreed(_damage(candidate))
+        if problem is None:
+            return candidate, _load(candidate, policy)
+        first_problem = first_problem or problem
+        _log.warning("passing over a checkpoint: %s", problem)
+        candidate = _first_ranks(newest(run_dir, before=candidate) if dist.get_rank() == 0 else None)
+    raise UserError(first_problem, "choose another run_dir, or restore the files")
 
 
 def load(directory: Path, policy) -> dict:
-    """Collective. Raises UserError if the directory is no complete checkpoint, is damaged or lacks an entry; returns the state.
+    """Collective. Raises UserError if the directory is no complete checkpoint, is damaged or does not fill an entry; returns the state.
 
     A policy that is not trainable takes the weights only.
     """
-    manifest = read_manifest(directory)
+    if problem := _agreed(_damage(directory)):
+        raise UserError(problem, "use an older one")
+    return _load(directory, policy)
+
+
+def _damage(directory: Path) -> str | None:
+    """What is wrong with the sizes of a checkpoint's files, or with the contents of this rank's share of them."""
+    files = list(read_manifest(directory, checksums=False)["files"].items())
+    files.sort(key=lambda entry: -entry[1][0])  # the large ones dealt evenly
+    return damage(directory, dict(files[dist.get_rank() :: dist.get_world_size()]))
+
+
+def _load(directory: Path, policy) -> dict:
+    manifest = read_manifest(directory, checksums=False)
     if _trainable(policy) and not manifest["optimizer"]:
         raise UserError(f"{directory} holds weights without an optimizer", "name a checkpoint of a training run")
     layout = _layout(policy)
     if _trainable(policy):
         check_experts(directory, manifest["layout"], layout)
-    wanted = _sharded_state(policy, loading=True)
+    wanted = sharded_state(policy, loading=True)
     if manifest["layout"] != layout:  # every rank's generator belongs to its place in the old layout
         wanted.pop("rng", None)
-    with _damage_reported(directory):
-        loaded = _read(wanted, directory)
+    named = _names(wanted)
+    _fill_all(wanted, directory, weights_only=not _trainable(policy))
+    loaded = _read(wanted, directory)
+    if lacking := _agreed(next((name for name in named if not _has(loaded, name)), None)):
+        raise _lacks(directory, ".".join(map(str, lacking)))
     for key, module in _modules(policy).items():
         module.load_state_dict(loaded[key], strict=True)
     if _trainable(policy):
         optimizer.load(policy.optimizer, loaded["optimizer"])
+        policy.scheduler.num_steps = 0  # Megatron adds the checkpoint's count to it
         policy.scheduler.load_state_dict(loaded["scheduler"])
     if "rng" in wanted:
         _set_rng(loaded["rng"])
@@ -90,11 +108,87 @@ def check_experts(directory: Path, saved: dict, now: dict) -> None:
         )
 
 
+# ---- every entry is there
+
+
+def _fill_all(wanted: dict, directory: Path, weights_only: bool) -> None:
+    """Raise UserError, on every rank, unless the checkpoint has all that any rank wants, and nothing that no rank has a place for."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+    from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+    from megatron.core.dist_checkpointing.utils import extract_sharded_base
+
+    entries = extract_sharded_base(load_preprocess(wanted)[0])[0]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {_name(entry) for entry in nested_values(entries)})
+    asked = set().union(*everyone)
+    with _damage_reported(directory):
+        held = {_name(entry) for entry in load_sharded_metadata(str(directory)).values()} if dist.get_rank() == 0 else None
+    held = _first_ranks(held)
+    if lacking := asked - held:
+        raise _lacks(directory, min(lacking))
+    if left := {name for name in held - asked if not _may_be_left(name, weights_only)}:
+        raise UserError(
+            f"the checkpoint {directory} holds {min(left)}, for which this model has no place", "use the model it was made with"
+        )
+
+
+def _name(entry) -> str:
+    """A tensor's key; an object's, with the number of its part."""
+    return getattr(entry, "unique_key", entry.key)
+
+
+def _may_be_left(name: str, weights_only: bool) -> bool:
+    """Generators belong to a layout, extra states to a kind of layers, and the optimizer to training; the common part is checked apart."""
+    return name.startswith(("rng/", "common_state/")) or "_extra_state/" in name or (weights_only and "optimizer.state." in name)
+
+
+def _names(state, at: tuple = ()) -> list[tuple]:
+    """Paths of the entries of a state that have no keys of their own in the index: what all ranks have in common, and what is in this
+    rank's generators."""
+    from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory
+
+    if isinstance(state, ShardedBase) and state.key == "rng":
+        return [(*at, key) for key in state.data]
+    if isinstance(state, ShardedBase | ShardedTensorFactory):
+        return []
+    if isinstance(state, dict | list):
+        pairs = state.items() if isinstance(state, dict) else enumerate(state)
+        return [name for key, value in pairs for name in _names(value, (*at, key))]
+    return [at]
+
+
+def _has(state, name: tuple) -> bool:
+    for key in name:
+        if not (key in state if isinstance(state, dict) else isinstance(state, list) and key < len(state)):
+            return False
+        state = state[key]
+    return True
+
+
+def _lacks(directory: Path, name: str) -> UserError:
+    return UserError(f"the checkpoint {directory} lacks {name}", "use an older one, or the model it was made with")
+
+
+def _agreed(problem):
+    """The first rank's problem that has one, on every rank."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    return next((one for one in found if one is not None), None)
+
+
+def _first_ranks(value):
+    """The first rank's value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 def _read(wanted: dict, directory: Path) -> dict:
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.validation import StrictHandling
 
-    return dist_checkpointing.load(wanted, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
+    with _damage_reported(directory):
+        return dist_checkpointing.load(wanted, str(directory))
 
 
 @contextmanager
@@ -112,75 +206,19 @@ def _damage_reported(directory: Path) -> Iterator[None]:
         raise UserError(f"the checkpoint {directory} does not hold this model: {error}", "use the model it was made with") from error
 
 
-def read_manifest(directory: Path) -> dict:
-    """The manifest of a complete checkpoint; UserError where it is missing or a file of it is missing or changed."""
-    file = directory / MANIFEST
-    if not file.is_file():
-        what = f"is no complete checkpoint ({MANIFEST} is missing)" if directory.is_dir() else "is no directory"
-        raise UserError(f"{directory} {what}", "name a step_N directory that has one")
-    manifest = read_json(file)
-    if missing := {"layout", "dtype", "optimizer", "files", "state"} - manifest.keys():
-        raise UserError(f"{file} lacks {min(missing)}", "use an older checkpoint")
-    for name, fingerprint in manifest["files"].items():
-        part = directory / name
-        if not part.is_file():
-            raise UserError(f"the checkpoint {directory} is damaged: {name} is missing", "use an older one")
-        if _fingerprint(part) != fingerprint:
-            raise UserError(f"the checkpoint {directory} is damaged: {name} is not what was written", "use an older one")
-    return manifest
-
-
-def _fingerprint(file: Path) -> list[int | None]:
-    """Size in bytes, and CRC-32 where the file is small."""
-    size = file.stat().st_size
-    return [size, zlib.crc32(file.read_bytes()) if size <= CHECKED else None]
-
-
-def find(config: Config, command: str) -> Path | None:
-    """The checkpoint a run of `command` continues from (its state names the command); None for a new run.
-
-    Raises UserError for a run directory that is in use while `resume` is off, and for one whose checkpoints are all damaged: to begin
-    anew would overwrite what is there.
-    """
-    run_dir = Path(config.run_dir)
-    if config.resume:
-        found = newest(run_dir)
-        if found is None and (damaged := [d for d in _numbered(run_dir) if (d / MANIFEST).exists()]):
-            read_manifest(damaged[-1])
-        if found and (other := read_json(found / MANIFEST)["state"].get("command")) != command:
-            raise UserError(f"run_dir {run_dir} holds a run of `{other}`, not of `{command}`", "choose another run_dir")
-        return found
-    if (run_dir / "config.yaml").exists():
-        raise UserError(f"run_dir {run_dir} already holds a run", "choose another run_dir, or set resume=true to continue it")
-    return None
-
-
-def newest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, passing over unfinished and damaged ones; None if there is none."""
-    for directory in reversed(_numbered(run_dir)):
-        try:
-            read_manifest(directory)
-            return directory
-        except UserError as error:
-            if (directory / MANIFEST).exists():
-                _log.warning("passing over a checkpoint: %s", error)
-    return None
-
-
-def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what was left unfinished."""
-    complete = [directory for directory in _numbered(run_dir) if (directory / MANIFEST).exists()]
-    for directory in set(_numbered(run_dir)) - set(complete[-keep:]):
-        shutil.rmtree(directory)
-
-
-def _numbered(run_dir: Path) -> list[Path]:
-    found = [d for d in (run_dir / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", d.name)]
-    return sorted(found, key=lambda d: int(d.name.removeprefix("step_")))
-
-
 def _trainable(policy) -> bool:
     return hasattr(policy, "optimizer")
+
+
+def _live(policy) -> list[torch.Tensor]:
+    """Tensors that training changes in place: what a snapshot may not share."""
+    tensors = [t for module in policy.modules for t in (*module.parameters(), *module.buffers())]
+    if _trainable(policy):
+        for one in policy.optimizer.chained_optimizers:
+            groups = one.param_groups
+            tensors += [p for group in groups for p in group["params"]]
+            tensors += [t for state in one.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    return tensors
 
 
 def _layout(policy) -> dict:
@@ -194,7 +232,7 @@ def _modules(policy) -> dict:
     return {f"model{i}" if len(policy.modules) > 1 else "model": module for i, module in enumerate(policy.modules)}
 
 
-def _sharded_state(policy, loading: bool) -> dict:
+def sharded_state(policy, loading: bool) -> dict:
     metadata = dict(METADATA)  # Megatron puts its groups into it
     model = {key: module.sharded_state_dict(metadata=metadata) for key, module in _modules(policy).items()}
     state = dict(model)

@@ -5,7 +5,7 @@ handful of torch.cuda functions. Nothing else in the code paths used here needs 
 redirects. It is applied once, before the first Megatron object is made, and only where torch sees no CUDA device.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -50,6 +50,11 @@ def adapt() -> None:
     _redirect_experts()
     _mode = _CudaMeansCpu()
     _mode.__enter__()
+
+
+def adapted() -> AbstractContextManager:
+    """The redirection for another thread than the one that called adapt(): torch keeps it by the thread."""
+    return _CudaMeansCpu() if _mode is not None else nullcontext()
 
 
 class _Stream:

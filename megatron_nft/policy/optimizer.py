@@ -1,7 +1,7 @@
 """Megatron's DDP and distributed optimizer around the model, and the learning-rate schedule."""
 
 from megatron_nft.config import Config
-from megatron_nft.policy import settings, versions
+from megatron_nft.policy import moments, settings, versions
 
 FOREVER = 10**9  # updates; the schedule is constant after the warm-up
 
@@ -41,7 +41,7 @@ def make(chunks: list, config: Config):
     megatron, own = optimizer_config(config), config.optimizer
     optimizer = get_megatron_optimizer(megatron, chunks, config_overrides={})
     for one in optimizer.chained_optimizers:
-        versions.keep_padding(one)
+        moments.gather_in_place(one)
     for one in optimizer.chained_optimizers:  # moments from the start: a run may have to be saved before its first update
         if one.init_state_fn is None:  # kept on the host: Megatron makes it at the first update, or when a checkpoint is loaded
             continue

@@ -45,6 +45,7 @@ class Policy:
         """trainable=False leaves out gradients and optimizer (conversion, parity checks). weights=False leaves the weights unset, for
         load() to fill: config.model.path then needs no more than a config.json."""
         self.config, self.topology = config, topology
+        self._saver = checkpoint.Saver()
         self.temperature = config.rollout.temperature  # log-probs are of the distribution that is sampled from
         source = load_huggingface(config.model.path) if weights else None
         self.hf = source.config if source else read_json(Path(config.model.path) / "config.json")
@@ -312,15 +313,37 @@ class Policy:
 
     # ---- checkpoints
 
-    def save(self, directory: Path, state: dict) -> None:
-        """Write a complete checkpoint: model, optimizer, scheduler, RNG, and `state` (JSON) in the manifest."""
+    def start_save(self, directory: Path, state: dict) -> None:
+        """Begin to write a complete checkpoint: model, optimizer, scheduler, RNG, and `state` (JSON) in the manifest. What training does
+        from here on is not in it. finish_save() has to be called before the next one is started."""
         self.gather_parameters()
-        checkpoint.save(directory, self, state)
+        checkpoint.start(self._saver, directory, self, state)
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save was started that finish_save() has not ended."""
+        return self._saver.under_way
+
+    def finish_save(self, wait: bool) -> checkpoint.Saved | None:
+        """How the save that was started ended; None where none was, and, unless it is waited for, while one goes on on any rank."""
+        return self._saver.finish(wait)
+
+    def save(self, directory: Path, state: dict) -> None:
+        """Write a complete checkpoint, and wait for it. Raises UserError where the disk does not take it."""
+        self.start_save(directory, state)
+        saved = self.finish_save(wait=True)
+        if saved.problem:
+            raise checkpoint.failed(saved)
 
     def load(self, directory: Path) -> dict:
         """Fill model, optimizer, scheduler and RNG from a checkpoint; returns its `state`."""
         self._come_back()
         return checkpoint.load(directory, self)
+
+    def load_newest(self, directory: Path) -> tuple[Path, dict]:
+        """load() of a run's newest checkpoint, or of the newest before it that is not damaged; returns which, and its `state`."""
+        self._come_back()
+        return checkpoint.load_newest(directory, self)
 
 
 def _sum_gradients(chunks, num_tokens=None, **kwargs) -> None:

@@ -107,6 +107,13 @@ def values_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter.data
 
 
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor kept in FP8 in the dtype it is said to have; any other as it is."""
+    from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
+
+    return dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
+
+
 @torch.no_grad()
 def set_values(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
     """Fill a parameter. One kept in FP8 also has the values that the optimizer's float32 copy starts from, unrounded."""
@@ -124,33 +131,6 @@ def fused_adam() -> str | None:
     return "Transformer Engine" if optimizer.Adam.__module__.startswith("transformer_engine") else "Apex"
 
 
-def keep_padding(optimizer) -> None:
-    """Mend what a distributed optimizer gives its `fully_reshardable` checkpoints (0.16 to 0.19 alike).
-
-    It lays the buckets' states end to end without the padding at their ends, and then cuts parameters out where they are with it: behind a
-    padded bucket all of them would be shifted in the file, with a warning at most. Here the padding is put back before it cuts.
-    """
-    gathered = optimizer.get_parameter_state_dp_zero
-
-    def padded(*args, **kwargs):
-        state = gathered(*args, **kwargs)
-        for number, buffer in enumerate(optimizer.buffers if state is not None else ()):
-            for tensors in state[number].values():
-                tensors.update({key: with_padding(t, buffer.buckets) for key, t in tensors.items() if torch.is_tensor(t)})
-        return state
-
-    optimizer.get_parameter_state_dp_zero = padded
-
-
-def with_padding(packed: torch.Tensor, buckets: list) -> torch.Tensor:
-    """Values of all buckets end to end -> each bucket's at its place in the buffer, zeros between."""
-    spread, at = packed.new_zeros(max(bucket.offset + bucket.numel_unpadded for bucket in buckets)), 0
-    for bucket in buckets:
-        spread[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[at : at + bucket.numel_unpadded]
-        at += bucket.numel_unpadded
-    return spread
-
-
 def provide_adam() -> None:
     """Give Megatron-Core's optimizer an Adam whose step lives in the param group, where no FusedAdam is installed or can run.
 
@@ -164,3 +144,20 @@ def provide_adam() -> None:
     optimizer.Adam = distrib_optimizer.Adam = Adam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
+
+
+def split_state(state: dict, validate: bool) -> tuple[dict, dict | None]:
+    """(what ranks share, what all have in common) of a sharded state, as dist_checkpointing.save() splits it.
+
+    Up to 0.16 the common part is a file of its own, common.pt; later it is one of the shared objects, and None here. validate: compare
+    between all ranks that every part of every tensor is saved once.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+
+    sharded, common = save_preprocess(state, validate)
+    if "async_strategy" not in inspect.signature(dist_checkpointing.save).parameters:
+        return sharded, common
+    sharded["common_state"] = ShardedObject("common_state", common, (1,), (0,), replica_id=torch.distributed.get_rank())
+    return sharded, None

@@ -142,9 +142,3 @@ def test_parameters_in_fp8_are_filled_and_read_as_plain_ones(monkeypatch):
     monkeypatch.setattr(fp8_utils, "is_float8tensor", lambda tensor: True)
     monkeypatch.setattr(fp8_utils, "dequantize_fp8_tensor", lambda tensor: tensor.data + 1)
     assert torch.equal(versions.values_of(parameter), unrounded + 1)
-
-
-def test_padding_between_buckets_is_put_back():
-    """Buckets of 3, 2 and 4 values, the first two padded to 4."""
-    buckets = [SimpleNamespace(offset=o, numel_unpadded=n) for o, n in ((0, 3), (4, 2), (8, 4))]
-    assert versions.with_padding(torch.arange(1.0, 10.0), buckets).tolist() == [1, 2, 3, 0, 4, 5, 0, 0, 6, 7, 8, 9]

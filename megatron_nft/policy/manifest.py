@@ -1,0 +1,184 @@
+"""The directory side of checkpoints: what is complete, what is damaged, which are kept. Files only, no model.
+
+A save is written to a hidden directory beside its final name and takes that name when all is in; the manifest, written last, has the
+size and the checksum of every other file. No manifest: not a checkpoint.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron_nft.config import Config
+from megatron_nft.errors import UserError
+from megatron_nft.weights import read_json
+
+_log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+CHUNK = 2**24  # bytes read at a time
+_FIELDS = {"layout", "dtype", "optimizer", "files", "state"}
+Fingerprint = list[int | None]  # size in bytes, CRC-32 (None in manifests of old, for large files)
+
+
+def fingerprint(file: Path) -> Fingerprint:
+    """Size in bytes and CRC-32, in chunks."""
+    size = checksum = 0
+    with file.open("rb") as opened:
+        while chunk := opened.read(CHUNK):
+            size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
+    return [size, checksum]
+
+
+def secured(directory: Path, files: Iterable[Path]) -> dict[str, Fingerprint]:
+    """Fingerprints of files that were just written, by their names relative to `directory`; they are on the disk when this returns."""
+    found = {}
+    for file in files:
+        sync(file)
+        found[str(file.relative_to(directory))] = fingerprint(file)
+    return found
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or what a directory lists, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def hidden(directory: Path) -> Path:
+    """A new name beside `directory`, of one attempt to write it alone."""
+    return directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.partial")
+
+
+def publish(written: Path, manifest: dict, directory: Path) -> None:
+    """Write the manifest into the hidden directory and give it its final name, in whose place a directory that has it is removed.
+
+    A power cut leaves one of the two complete under the final name, or, between two renames, none.
+    """
+    partial = written / (MANIFEST + ".partial")
+    partial.write_text(json.dumps(manifest, indent=1))
+    sync(partial)
+    partial.rename(written / MANIFEST)
+    for folder in (written, *(path for path in written.rglob("*") if path.is_dir())):
+        sync(folder)
+    replaced = hidden(directory)
+    if directory.exists():
+        directory.rename(replaced)
+    written.rename(directory)
+    sync(directory.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def read_manifest(directory: Path, checksums: bool = True) -> dict:
+    """The manifest of a complete checkpoint; UserError where it is missing, or a file of it is missing or changed.
+
+    checksums=False compares sizes only, which reads nothing but the manifest.
+    """
+    file = directory / MANIFEST
+    if not file.is_file():
+        what = f"is no complete checkpoint ({MANIFEST} is missing)" if directory.is_dir() else "is no directory"
+        raise UserError(f"{directory} {what}", "name a step_N directory that has one")
+    manifest = read_json(file)
+    if missing := _FIELDS - manifest.keys():
+        raise UserError(f"{file} lacks {min(missing)}", "use an older checkpoint")
+    if found := damage(directory, manifest["files"], checksums):
+        raise UserError(found, "use an older one")
+    return manifest
+
+
+def damage(directory: Path, files: dict[str, Fingerprint], checksums: bool = True) -> str | None:
+    """What is wrong with the first file that is not as its fingerprint says; None where all are."""
+    for name, (size, checksum) in files.items():
+        part = directory / name
+        if not part.is_file():
+            return f"the checkpoint {directory} is damaged: {name} is missing"
+        same = part.stat().st_size == size
+        if same and checksums and checksum is not None:
+            same = fingerprint(part) == [size, checksum]
+        if not same:
+            return f"the checkpoint {directory} is damaged: {name} is not what was written"
+    return None
+
+
+def find(config: Config, command: str) -> Path | None:
+    """The checkpoint a run of `command` continues from (its state names the command); None for a new run.
+
+    Compares sizes only, on every rank alike: checksums are for the ranks to share when it is loaded. Raises UserError for a run directory
+    that is in use while `resume` is off, and for one whose checkpoints are all damaged: to begin anew would overwrite what is there.
+    """
+    run_dir = Path(config.run_dir)
+    if config.resume:
+        found = newest(run_dir)
+        if found is None and (damaged := [d for d in numbered(run_dir / "checkpoints") if (d / MANIFEST).exists()]):
+            read_manifest(damaged[-1], checksums=False)
+        if found and (other := read_json(found / MANIFEST)["state"].get("command")) != command:
+            raise UserError(f"run_dir {run_dir} holds a run of `{other}`, not of `{command}`", "choose another run_dir")
+        return found
+    if (run_dir / "config.yaml").exists():
+        raise UserError(f"run_dir {run_dir} already holds a run", "choose another run_dir, or set resume=true to continue it")
+    return None
+
+
+def newest(run_dir: Path, before: Path | None = None) -> Path | None:
+    """The newest checkpoint of a run (older than `before`) whose files have the sizes they should have, passing over unfinished and
+    damaged ones; None if there is none."""
+    for directory in reversed(numbered(run_dir / "checkpoints")):
+        if before is not None and step_of(directory) >= step_of(before):
+            continue
+        try:
+            read_manifest(directory, checksums=False)
+            return directory
+        except UserError as error:
+            if (directory / MANIFEST).exists():
+                _log.warning("passing over a checkpoint: %s", error)
+    return None
+
+
+def prune(run_dir: Path, keep: int, keep_best: int = 0) -> None:
+    """Delete all checkpoints but the newest `keep` and the `keep_best` best by their scores, and what was left unfinished."""
+    sweep(run_dir)
+    complete = [directory for directory in numbered(run_dir / "checkpoints") if (directory / MANIFEST).exists()]
+    kept = {*complete[-keep:], *best(run_dir, keep_best)}
+    for directory in numbered(run_dir / "checkpoints"):
+        if directory not in kept:
+            shutil.rmtree(directory)
+
+
+def sweep(run_dir: Path) -> None:
+    """Delete what killed saves left under hidden names. Only where no save of this run is under way."""
+    for leftover in (run_dir / "checkpoints").glob(".step_*.partial"):
+        shutil.rmtree(leftover)
+
+
+def best(run_dir: Path, count: int) -> list[Path]:
+    """The checkpoints with the highest scores in their states, best first; of equals the newest first. Those without a score are none."""
+    scored = [(score_of(directory), step_of(directory), directory) for directory in numbered(run_dir / "checkpoints")]
+    ranked = sorted((entry for entry in scored if entry[0] is not None), reverse=True)
+    return [directory for _, _, directory in ranked[:count]]
+
+
+def score_of(directory: Path) -> float | None:
+    """The score that was saved with a checkpoint; None where there is none, or no manifest."""
+    if not (directory / MANIFEST).exists():
+        return None
+    score = read_json(directory / MANIFEST).get("state", {}).get("score")
+    return score if score is not None and math.isfinite(score) else None
+
+
+def numbered(checkpoints: Path) -> list[Path]:
+    """The step_N directories, by N."""
+    return sorted((d for d in checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", d.name)), key=step_of)
+
+
+def step_of(directory: Path) -> int:
+    """N of step_N."""
+    return int(directory.name.removeprefix("step_"))

@@ -1,0 +1,74 @@
+"""A checkpoint written while training goes on, under one layout, and gone on from under others."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import run_ranks, tiny_model
+
+WORKER = Path(__file__).with_name("checkpoint_worker.py")
+CONFIG = """
+run_dir: unused
+model: {path: unset}
+train: {prompts_per_update: 2, tokens_per_micro_batch: 64}
+rollout: {n: 4, prompts_per_step: 4}
+objective: {reduction_constant: 100.0}
+optimizer: {lr: 1.0e-2, adam_eps: 1.0e-3, clip_grad: 1.0, weight_decay: 0.01}
+"""
+TP2, PP2 = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
+LOADED = {"PP2": 2, "TP2": 2, "DP2": 2, "one rank": 1}
+LAUNCHES = {
+    4: [
+        {"name": "saved", "overrides": [TP2], "save": "step_1"},
+        {"name": "failed", "overrides": [TP2], "save": "failed", "failing": 3},
+    ],
+    2: [
+        {"name": "PP2", "overrides": [PP2], "load": "step_1"},
+        {"name": "TP2", "overrides": [TP2], "load": "step_1"},
+        {"name": "DP2", "overrides": [], "load": "step_1"},
+    ],
+    1: [{"name": "one rank", "overrides": [], "load": "step_1"}],
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def found(directory) -> dict:
+    """What every case found."""
+    model = str(tiny_model(directory / "model", tie=False))
+    (directory / "config.yaml").write_text(CONFIG)
+    results: dict = {}
+    for ranks, cases in LAUNCHES.items():
+        output = directory / f"{ranks}.pt"
+        arguments = {"config": str(directory / "config.yaml"), "directory": str(directory), "output": str(output)}
+        run_ranks(WORKER, ranks, arguments | {"cases": [case | {"model": model} for case in cases]}, directory)
+        results |= torch.load(output)
+    return results
+
+
+@pytest.mark.parametrize("layout", LOADED)
+def test_equal_parameters_and_moments_bit_for_bit(layout, found):
+    assert found["saved"]["saved"] is None and found[layout]["state"] == {"step": 1}
+    for kind, tensors in found["saved"]["held"].items():
+        assert tensors.keys() == found[layout]["held"][kind].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(found[layout]["held"][kind][name], tensor), f"{kind} of {name}"
+    assert found["saved"]["held"]["exp_avg"]["lm_head.weight"].any() and found["saved"]["held"]["exp_avg_sq"]["lm_head.weight"].any()
+
+
+@pytest.mark.parametrize("layout", LOADED)
+def test_the_next_update_is_the_same(layout, found):
+    """Loss, gradient norm and learning rate: 1e-6 relative."""
+    assert found[layout]["next"] == pytest.approx(found["saved"]["next"], rel=1e-6, abs=1e-8)
+    assert found["saved"]["next"]["grad_norm"] > 1e-3
+
+
+def test_one_ranks_full_disk_is_known_to_all_and_leaves_nothing(directory, found):
+    """The worker compares what the ranks were told."""
+    assert found["failed"]["saved"] == "No space left on device (a file)"
+    assert sorted(path.name for path in directory.iterdir() if "step" in path.name or "failed" in path.name) == ["step_1"]
