@@ -203,6 +203,7 @@ _LEAST = {
     "evaluation.max_tokens": 1,
     "checkpoint.interval": 0,
     "checkpoint.keep": 1,
+    "checkpoint.grace_time": 1,
     "sft.steps": 0,
     "sft.sequences_per_update": 1,
 }

@@ -206,6 +206,9 @@ class CheckpointConfig:
     interval: int = 50  # rollout steps; 0: only at the end
     keep: int = 2  # newest checkpoints kept
     export: bool = True  # at the end, a Hugging Face directory at run_dir/huggingface
+    # seconds from SIGTERM or SIGUSR1 until every process has saved what it can and ended; torchrun itself waits no longer than its
+    # --shutdown-timeout (30), Slurm no longer than KillWait or what --signal asks for
+    grace_time: int = 120
 
 
 @dataclass
