@@ -17,6 +17,7 @@ from megatron_nft.errors import UserError
 from megatron_nft.rollout.settings import (
     Request,
     cpu_arguments,
+    generators_kept,
     gpu_arguments,
     repack_head,
     rounds_head,
@@ -73,20 +74,21 @@ class Engine:
         set_environment(rollout)
         from vllm import LLM
 
-        self._llm = LLM(
-            model=model_path,
-            dtype={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision],
-            hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's are
-            seed=seed,
-            distributed_executor_backend="external_launcher",
-            tensor_parallel_size=tp,
-            data_parallel_size=self.count,
-            max_model_len=max_model_len,
-            max_num_seqs=rollout.max_num_seqs,
-            logprobs_mode="processed_logprobs",  # of what was sampled: after temperature and top_p
-            use_tqdm_on_load=False,
-            **(gpu_arguments(rollout) if self._on_gpu else cpu_arguments(rollout, max_model_len)),
-        )
+        with generators_kept():
+            self._llm = LLM(
+                model=model_path,
+                dtype={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision],
+                hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's are
+                seed=seed,
+                distributed_executor_backend="external_launcher",
+                tensor_parallel_size=tp,
+                data_parallel_size=self.count,
+                max_model_len=max_model_len,
+                max_num_seqs=rollout.max_num_seqs,
+                logprobs_mode="processed_logprobs",  # of what was sampled: after temperature and top_p
+                use_tqdm_on_load=False,
+                **(gpu_arguments(rollout) if self._on_gpu else cpu_arguments(rollout, max_model_len)),
+            )
         self._engine = self._llm.llm_engine
         tame(self._engine)
         self._tied = self._llm.model_config.hf_config.tie_word_embeddings
@@ -185,6 +187,7 @@ class Engine:
         gc.unfreeze()  # vLLM freezes what it allocates at start
         gc.collect()
 
+    @generators_kept()
     def _run(self, requests: list[tuple], finish: Callable[[int, Any], None]) -> None:
         """Run (token ids, sampling parameters) to the end, on all engines. The loop's condition is a reduction over the engines."""
         for index, (token_ids, params) in enumerate(requests):
