@@ -117,16 +117,31 @@ class StopRequest:
 _current: list[StopRequest] = []
 
 
+_masks: list[set[int]] = []  # of the thread that forks
+
+
+def _hold() -> None:
+    """Before a fork: a signal that the child gets before it has forgotten the handler would end in the parent's pipe."""
+    if _current:
+        _masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS))
+
+
+def _go_on() -> None:
+    if _masks:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _masks.pop())
+
+
 def _forget() -> None:
-    """In a forked child: its parent's request is none of its own, so that it dies of SIGTERM and writes nothing to the parent's pipe."""
+    """In a forked child: its parent's request is none of its own, so that it dies of SIGTERM."""
     if _current:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         _current.clear()
+    _go_on()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(before=_hold, after_in_parent=_go_on, after_in_child=_forget)
 
 
 def leave_to_parent() -> None:
