@@ -1,4 +1,5 @@
-"""The command line. Exit codes: 0 done; 2 what the user gave is wrong (one line on stderr); anything else is a fault of ours."""
+"""The command line. Exit codes: 0 done; 2 what the user gave is wrong (one line on stderr); 75 stopped on request, the same command
+goes on; 130 interrupted by Ctrl-C; anything else is a fault of ours."""
 
 import argparse
 import os
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from megatron_nft import config
 from megatron_nft.errors import UserError
+from megatron_nft.stopping import EXIT_CODE, Stopped, StopRequest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,6 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"megatron-nft: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":  # all ranks stopped at the same step
+            print(f"megatron-nft: {stopped}", file=sys.stderr)
+        return EXIT_CODE
     except KeyboardInterrupt:
         print("megatron-nft: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
@@ -62,12 +68,15 @@ def _train(arguments: argparse.Namespace) -> None:
     settings, sources = config.load_with_sources(arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(config.describe(settings, sources), flush=True)
-    from megatron_nft import trainer
-
     if arguments.dry_run:
+        from megatron_nft import trainer
+
         trainer.dry_run(settings)
-    else:
-        trainer.train(settings)
+        return
+    with StopRequest(settings.checkpoint.grace_time) as stop:  # before the slow imports, so that no signal is missed
+        from megatron_nft import trainer
+
+        trainer.train(settings, stop)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -85,9 +94,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _sft(arguments: argparse.Namespace) -> None:
-    from megatron_nft.supervised import sft
+    settings = config.load(arguments.config, arguments.overrides)
+    with StopRequest(settings.checkpoint.grace_time) as stop:
+        from megatron_nft.supervised import sft
 
-    sft(config.load(arguments.config, arguments.overrides))
+        sft(settings, stop)
 
 
 def _convert(arguments: argparse.Namespace) -> None:

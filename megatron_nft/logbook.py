@@ -8,6 +8,7 @@ long a save took that ended in the step, from its start until it was complete; w
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -37,17 +38,18 @@ class Logbook:
     """The log of one training run. Use it as a context manager, or call `close` at the end.
 
     first_step: the step of the checkpoint that the run continues from; later rows of an earlier attempt are cut off.
-    0 starts the file anew. enabled: False on every rank but 0; then only the stages are timed.
+    0 starts the file anew. row: that step's own row, where it was not complete yet; it goes on.
+    enabled: False on every rank but 0; then only the stages are timed.
     config: the resolved config, for Weights & Biases. stream: standard output by default; a terminal gets the bar.
     meter: starts anew with every stage, and then tells its peak in bytes, for memory/<phase>; None: no such metrics.
     """
 
     def __init__(self, run_dir: str | Path, title: str, total_steps: int, first_step: int = 0, wandb: LoggingConfig | None = None,
                  config: dict | None = None, enabled: bool = True, stream: TextIO | None = None,
-                 meter: Meter | None = None):  # fmt: skip
+                 meter: Meter | None = None, row: dict[str, float] | None = None):  # fmt: skip
         self._meter = meter if enabled else None
         self.title, self.total_steps, self.first_step, self.enabled = title, total_steps, first_step, enabled
-        self.row: dict[str, float] = {}
+        self.row: dict[str, float] = dict(row or {})
         self._row_started: float | None = None  # set by the first stage, so that start-up is not part of a step
         self._in_stage, self._elsewhere = False, 0.0
         self._seconds: list[float] = []  # of the steps of this process
@@ -58,7 +60,7 @@ class Logbook:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self._stream = stream or sys.stdout
-        cut_rows(run_dir / METRICS, first_step)
+        cut_rows(run_dir / METRICS, 0 if first_step == 0 else first_step + (row is None))
         self._file = open(run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (close() closes it)
         if wandb is not None and wandb.wandb != "disabled":
             self._wandb = _start_wandb(run_dir, wandb, config or {}, resumed=first_step > 0)
@@ -229,14 +231,22 @@ def read_rows(path: str | Path) -> list[dict]:
     return rows
 
 
-def cut_rows(path: Path, last_step: int) -> None:
-    """Keep the rows up to `last_step` (none for 0) and drop a torn last line; the file is replaced in one move."""
+def cut_rows(path: Path, end: int) -> None:
+    """Keep the rows of the steps below `end` and drop a torn last line; the file is replaced in one move."""
     if not path.exists():
         return
-    kept = [row for row in read_rows(path) if row["step"] <= last_step] if last_step > 0 else []
+    kept = [row for row in read_rows(path) if row["step"] < end]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def remove_later(directory: Path, last_step: int) -> None:
+    """Delete what an earlier attempt left of steps after `last_step`, whole or half written: step_N.json, step_N-E.parquet and the like."""
+    for file in directory.glob("step_*"):
+        named = re.fullmatch(r"step_(\d+)(-\d+)?\.\w+(\.part)?", file.name)
+        if named and int(named[1]) > last_step:
+            file.unlink()
 
 
 def writable(directory: Path) -> bool:

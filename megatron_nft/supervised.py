@@ -12,10 +12,14 @@ from megatron_nft.config import Config, save
 from megatron_nft.errors import UserError
 from megatron_nft.logbook import Logbook
 from megatron_nft.policy import checkpoint
+from megatron_nft.stopping import Stopped, StopRequest
 
 
-def sft(config: Config) -> None:
-    """Train config.model.path on config.sft.data, mean negative log-likelihood of the answer tokens, and export the result."""
+def sft(config: Config, stop: StopRequest) -> None:
+    """Train config.model.path on config.sft.data, mean negative log-likelihood of the answer tokens, and export the result.
+
+    Raises Stopped, with the state saved, where `stop` asks for it before the last update.
+    """
     resume_from = checkpoint.find(config, "sft")
     policy.check(config, window=1)
     examples = load_examples(config)
@@ -31,6 +35,7 @@ def sft(config: Config) -> None:
                   meter=policy.PeakMemory())  # fmt: skip
     kept = saves.Saves(model, config, log, topology.is_first)
     log.note(f"{len(examples)} examples; {policy.kernels(config)}")
+    stop.begin()
     for step in range(first_step + 1, config.sft.steps + 1):
         with log.stage("batching"):
             chosen = [examples[i] for i in draw(len(examples), config.sft.sequences_per_update, step, config.seed)]
@@ -43,9 +48,15 @@ def sft(config: Config) -> None:
         )
         kept.poll()
         log.commit(step)
-        if step == config.sft.steps or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
+        asked = stop.agreed()
+        if asked or step == config.sft.steps or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
             with log.stage("checkpoint"):
                 kept.start({"command": "sft", "step": step})
+        if asked and step < config.sft.steps:
+            kept.end()
+            log.close()
+            policy.shutdown()
+            raise Stopped(f"stopped on request after step {step}, saved; the same command goes on")
     kept.end()
     if config.checkpoint.export:
         model.export(run_dir / "huggingface")

@@ -11,17 +11,21 @@ from typing import Self
 from megatron_nft import batching, evaluation, objectives, policy, prompts, rollout, saves
 from megatron_nft.config import Config, max_model_len, save
 from megatron_nft.errors import UserError
-from megatron_nft.logbook import Logbook, writable
+from megatron_nft.logbook import Logbook, remove_later, writable
 from megatron_nft.policy import checkpoint, exchange
 from megatron_nft.prompts import Cursor, PromptSet
 from megatron_nft.rewards import Judge
 from megatron_nft.selfcheck import SelfCheck
+from megatron_nft.stopping import Stopped, StopRequest
 from megatron_nft.trajectories import Batch, Group
 
 
-def train(config: Config) -> None:
-    """Post-train config.model.path on config.data.train; everything that is written goes to config.run_dir."""
-    with Run(config) as run:
+def train(config: Config, stop: StopRequest) -> None:
+    """Post-train config.model.path on config.data.train; everything that is written goes to config.run_dir.
+
+    Raises Stopped, with the state saved, where `stop` asks for it before the last step has ended.
+    """
+    with Run(config, stop) as run:
         for step in run.steps():
             with run.log.stage("generate"):  # a^1..a^K ~ pi_old for prompts q ~ D, until enough groups have 0 < r̂ < 1
                 groups = run.sample(step)
@@ -84,10 +88,14 @@ def check_together(config: Config) -> None:
 
 
 class Run:
-    """The parts of a training run, put together and, where the run directory has a checkpoint, resumed from it."""
+    """The parts of a training run, put together and, where the run directory has a checkpoint, resumed from it.
 
-    def __init__(self, config: Config):
+    What is saved is always the state after a whole step: a step that is given up leaves nothing of itself, and is made again.
+    """
+
+    def __init__(self, config: Config, stop: StopRequest):
         given = Given.load(config)
+        self.stop = stop
         self.config, self.run_dir, self.validation = config, Path(config.run_dir), given.validation
         self._open = ExitStack()
         self.judge = self._open.enter_context(Judge.for_config(config))
@@ -97,17 +105,18 @@ class Run:
         self.objective = partial(objectives.loss, settings=config.objective)
         self.cursor = Cursor(given.prompts, config.seed, config.data.shuffle)
         self.first_step = self.tokens = 0  # tokens: sampled so far
+        self.state = self._state(0)
         self.validated: tuple[int, dict[str, float]] = (-1, {})  # the last validation: after which step, and what it gave
         if given.checkpoint:
-            _, state = self.policy.load_newest(given.checkpoint)
-            self.first_step, self.tokens = state["step"], state["tokens"]
-            self.cursor.load_state_dict(state["cursor"])
+            _, self.state = self.policy.load_newest(given.checkpoint)
+            self.first_step, self.tokens = self.state["step"], self.state["tokens"]
+            self.cursor.load_state_dict(self.state["cursor"])
         self.policy.offload()  # what the engine finds free it takes
         self.log = self._open.enter_context(self._open_log())
         self.saves = saves.Saves(self.policy, config, self.log, self.topology.is_first)
         self.policy.offload()  # the engine measures the memory that is free
         precision = policy.precision_of(config.model.precision)
-        self.engine = rollout.Engine(config.model.path, config.rollout, max_model_len(config), precision, config.seed)
+        self.engine = rollout.Engine(config.model.path, config.rollout, max_model_len(config), precision, config.seed, stop.agreed)
         self._open.callback(self.engine.close)
         if self.engine.rounds_head:
             self.log.note("this vLLM rounds its logits to 16 bits (it has no head_dtype), the trainer does not: watch logprob_difference")
@@ -116,18 +125,20 @@ class Run:
         self.sync(self.first_step)
 
     def __enter__(self) -> Self:
-        if self.first_step == 0 and self.config.evaluation.interval and self._validate(0):
-            self.log.commit(0)
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._open.close()
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        with self._open:
+            if isinstance(error, Stopped):
+                raise Stopped(self._save_for_later()) from None
 
     def _open_log(self) -> Logbook:
         first, config = self.topology.is_first, self.config
         if first:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             save(config, self.run_dir / "config.yaml")
+            remove_later(self.run_dir / "rollouts", self.first_step)
+            remove_later(self.run_dir / "evaluations", self.first_step)
         log = Logbook(
             config.run_dir,
             config.objective.name,
@@ -137,6 +148,7 @@ class Run:
             asdict(config),
             enabled=first,
             meter=policy.PeakMemory(),
+            row=self.state.get("row"),
         )
         log.note(f"{len(self.cursor.prompts)} prompts; {policy.kernels(config)}")
         if self.first_step:
@@ -145,10 +157,20 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The rollout steps that are left: up to train.steps, or until train.sampled_tokens have been sampled."""
+        self.stop.begin()
         step = self.first_step
+        owed = self.state.pop("row", None) is not None
+        if owed or (step == 0 and self.config.evaluation.interval and self.validation):
+            self._finish_row(step, validate=True)
         while not self._is_last(step):
+            self._stop_if_asked()
             step += 1
             yield step
+
+    def _stop_if_asked(self) -> None:
+        """Between two steps, and within a step as long as no weight has changed."""
+        if self.stop.agreed():
+            raise Stopped("stopped on request")
 
     def _is_last(self, step: int) -> bool:
         budget = self.config.train.sampled_tokens
@@ -184,6 +206,7 @@ class Run:
 
         The first mini-batch needs none: there pi_theta = pi_old still, and its update makes what a pass would.
         """
+        self._stop_if_asked()
         later = [batch for mini in mini_batches[1:] for batch in mini]
         if self.config.train.old_logprobs == "rollout":
             self.policy.copy_old_logprobs([batch for mini in mini_batches for batch in mini])
@@ -193,6 +216,8 @@ class Run:
 
     def update(self, mini_batch: list[Batch], on_policy: bool) -> dict[str, float]:
         """One optimiser step; on_policy: on the weights that sampled. Returns its totals."""
+        if on_policy:
+            self._stop_if_asked()  # for the last time: after the first update the step is finished and saved
         return self.policy.update(mini_batch, self.objective, objectives.METRICS, on_policy)
 
     def sync(self, step: int) -> None:
@@ -213,30 +238,47 @@ class Run:
             self.log.total_steps = step if last else min(config.train.steps, math.ceil(step * config.train.sampled_tokens / self.tokens))
         self._log_measured([*updates[:1], *measured])
         self.log.add({f"train/{name}": value for name, value in objectives.summarize(updates, config.optimizer.clip_grad).items()})
-        if config.evaluation.interval and (step % config.evaluation.interval == 0 or last):
-            self._validate(step)
-        self.saves.poll()
-        self.log.commit(step)  # before the save: a run that is killed between the two makes the row again, and none is lost
+        self.state = self._state(step)
+        interval = config.evaluation.interval
+        self._finish_row(step, validate=bool(self.validation and interval and (step % interval == 0 or last)))
         if last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
             with self.log.stage("checkpoint"):  # counts to the next row
-                self._save(step)
+                self._save()
+                self.policy.offload()
+                self.engine.wake()
 
-    def _validate(self, step: int) -> bool:
-        """Whether there was anything to validate on."""
-        if self.validation:
+    def _state(self, step: int) -> dict:
+        """What a checkpoint after `step` tells besides the model: JSON."""
+        return {"command": "train", "step": step, "tokens": self.tokens, "cursor": self.cursor.state_dict()}
+
+    def _finish_row(self, step: int, validate: bool) -> None:
+        """Validate and commit the row. Until then it is part of the state: a run stopped here makes the validation when it goes on."""
+        if validate:
+            self.state["row"] = dict(self.log.row)
             with self.log.stage("validate"):
                 self.validated = step, evaluation.validate(self.engine, self.judge, self.validation, self.config, step)
-                self.log.add(self.validated[1])
-        return bool(self.validation)
+            self.log.add(self.validated[1])
+            del self.state["row"]
+        self.saves.poll()
+        self.log.commit(step)  # before the save: a run that is killed between the two makes the row again, and none is lost
 
-    def _save(self, step: int) -> None:
-        state = {"command": "train", "step": step, "tokens": self.tokens, "cursor": self.cursor.state_dict()}
+    def _save_for_later(self) -> str:
+        """Save the state after the last whole step, unless it is saved already; returns the sentence that says so. Collective."""
+        step = self.state["step"]
+        if step == 0:
+            return "stopped on request before the first step was finished; the same command begins again"
+        self.saves.finish()
+        directory = saves.directory_of(self.run_dir, step)
+        if not self.engine.gather((directory / checkpoint.MANIFEST).is_file())[0]:  # one view of the file system: rank 0's
+            self._save()
+        self.saves.end()
+        return f"stopped on request after step {step}, saved; the same command goes on"
+
+    def _save(self) -> None:
         if self.config.train.offload != "none":
             self.engine.sleep(level=1)  # what left the GPU comes back to be written, and needs the room
-        validated, scores = self.validated
-        self.saves.start(state, scores if validated == step else None)
-        self.policy.offload()
-        self.engine.wake()
+        step, scores = self.validated
+        self.saves.start(self.state, scores if step == self.state["step"] else None)
 
     def finish(self) -> None:
         """Export the model, write the report, print the table. Raises UserError where the last checkpoint could not be saved."""

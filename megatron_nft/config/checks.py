@@ -207,6 +207,7 @@ _LEAST = {
     "checkpoint.interval": 0,
     "checkpoint.keep": 1,
     "checkpoint.keep_best": 0,
+    "checkpoint.grace_time": 1,
     "sft.steps": 0,
     "sft.sequences_per_update": 1,
 }

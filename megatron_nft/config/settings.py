@@ -216,6 +216,9 @@ class CheckpointConfig:
     best_metric: str | None = None  # a key of metrics.jsonl, the higher the better; default: validation/<first set>/avg@k
     async_save: bool = True  # written while training goes on; false: training waits
     export: bool = True  # at the end, a Hugging Face directory at run_dir/huggingface
+    # seconds from SIGTERM or SIGUSR1 until every process has saved what it can and ended; torchrun itself waits no longer than its
+    # --shutdown-timeout (30), Slurm no longer than KillWait or what --signal asks for
+    grace_time: int = 120
 
 
 @dataclass

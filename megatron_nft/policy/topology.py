@@ -2,10 +2,12 @@
 
 import math
 import os
+import random
 import socket
 import sys
 from dataclasses import dataclass
 
+import numpy
 import torch
 import torch.distributed as dist
 
@@ -108,7 +110,7 @@ def expert_tensor_size(parallel: ParallelConfig) -> int:
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> Topology:
-    """Start torch.distributed (NCCL with CUDA, gloo without) and Megatron-Core's groups; seed Megatron's RNG.
+    """Start torch.distributed (NCCL with CUDA, gloo without) and Megatron-Core's groups; seed all generators.
 
     Megatron keeps tensor-parallel ranks adjacent, then context, then data; pipeline stages are outermost.
     """
@@ -126,6 +128,9 @@ def initialize(parallel: ParallelConfig, seed: int) -> Topology:
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_size(parallel),
     )
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return _place(parallel)
 

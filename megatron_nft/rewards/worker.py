@@ -15,6 +15,7 @@ from typing import TextIO
 
 from megatron_nft.errors import UserError
 from megatron_nft.rewards.functions import VerdictFunction, as_verdict, resolve
+from megatron_nft.stopping import leave_to_parent
 
 MEMORY_LIMIT = 4 << 30  # bytes of data: an answer such as 9^{9^{9^9}} must not take the machine's memory
 _PR_SET_PDEATHSIG = 1
@@ -22,6 +23,7 @@ _PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     """Serve until the input ends."""
+    leave_to_parent()
     requests, replies = _private_pipes()
     _set_limits()
     try:

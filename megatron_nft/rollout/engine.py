@@ -2,6 +2,7 @@
 
 Ranks 0 .. tp - 1 are engine 0, the next tp ranks engine 1, and so on. The engines run in lockstep: `generate`, `sync`, `sleep`,
 `wake` and `gather` must be called by every rank, in the same order, and the ranks of one engine must be given the same requests.
+`generate` raises Stopped, on all ranks, where the run is asked to stop; the engine is then as before the call.
 """
 
 import gc
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from operator import methodcaller
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from megatron_nft.rollout import loaded
 from megatron_nft.rollout.settings import (
     Request,
     cpu_arguments,
+    generators_kept,
     gpu_arguments,
     repack_experts,
     repack_head,
@@ -30,7 +32,10 @@ from megatron_nft.rollout.settings import (
     tame,
     weight_names,
 )
+from megatron_nft.stopping import Stopped
 from megatron_nft.trajectories import Response
+
+ASK_EVERY = 8  # scheduler steps: a fraction of a second, against a reduction over all ranks
 
 
 class Tensors(Protocol):
@@ -56,36 +61,47 @@ class Engine:
     `weight_version` counts the syncs as told by the caller; `rounds_head` tells of a sampler that rounds its logits to 16 bits.
     """
 
-    def __init__(self, model_path: str, rollout: RolloutConfig, max_model_len: int, precision: str, seed: int):
+    def __init__(
+        self,
+        model_path: str,
+        rollout: RolloutConfig,
+        max_model_len: int,
+        precision: str,
+        seed: int,
+        asked_to_stop: Callable[[], bool] | None = None,
+    ):
         """Start the engine with the weights of the Hugging Face directory `model_path`.
 
         max_model_len is in tokens, prompt and answer together; precision is "fp32", "bf16" or "fp16"; the seed is the same on every rank.
-        Raises UserError where the world does not divide into engines.
+        asked_to_stop gives all ranks the same answer, and is called by all of them equally often; where it is true, running answers are
+        given up and Stopped is raised. Raises UserError where the world does not divide into engines.
         """
         world, rank, tp = dist.get_world_size(), dist.get_rank(), rollout.tensor_parallel_size
         check_world(rollout, world)
         self.count, self.index, self.is_first = world // tp, rank // tp, rank % tp == 0
         self.weight_version = 0
+        self._asked_to_stop = asked_to_stop
         self._on_gpu = torch.cuda.is_available()
         self._asleep = 0  # vLLM's sleep level
         self._group = dist.new_group(backend="gloo") if world > 1 else None
         set_environment(rollout)
         from vllm import LLM
 
-        self._llm = LLM(
-            model=model_path,
-            dtype={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision],
-            hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's are
-            seed=seed,
-            distributed_executor_backend="external_launcher",
-            tensor_parallel_size=tp,
-            data_parallel_size=self.count,
-            max_model_len=max_model_len,
-            max_num_seqs=rollout.max_num_seqs,
-            logprobs_mode="processed_logprobs",  # of what was sampled: after temperature and top_p
-            use_tqdm_on_load=False,
-            **(gpu_arguments(rollout) if self._on_gpu else cpu_arguments(rollout, max_model_len)),
-        )
+        with generators_kept():
+            self._llm = LLM(
+                model=model_path,
+                dtype={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision],
+                hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's are
+                seed=seed,
+                distributed_executor_backend="external_launcher",
+                tensor_parallel_size=tp,
+                data_parallel_size=self.count,
+                max_model_len=max_model_len,
+                max_num_seqs=rollout.max_num_seqs,
+                logprobs_mode="processed_logprobs",  # of what was sampled: after temperature and top_p
+                use_tqdm_on_load=False,
+                **(gpu_arguments(rollout) if self._on_gpu else cpu_arguments(rollout, max_model_len)),
+            )
         self._engine = self._llm.llm_engine
         tame(self._engine)
         self._tied = self._llm.model_config.hf_config.tie_word_embeddings
@@ -105,7 +121,7 @@ class Engine:
             if on_finish is not None:
                 on_finish(index, responses[index])
 
-        self._run([(request.token_ids, sampling_params(request)) for request in requests], finish)
+        self._run([(request.token_ids, sampling_params(request)) for request in requests], finish, may_stop=True)
         return responses
 
     def token_logprobs(self, token_ids: list[list[int]]) -> list[list[float]]:
@@ -204,14 +220,26 @@ class Engine:
         gc.unfreeze()  # vLLM freezes what it allocates at start
         gc.collect()
 
-    def _run(self, requests: list[tuple], finish: Callable[[int, Any], None]) -> None:
+    @generators_kept()
+    def _run(self, requests: list[tuple], finish: Callable[[int, Any], None], may_stop: bool = False) -> None:
         """Run (token ids, sampling parameters) to the end, on all engines. The loop's condition is a reduction over the engines."""
         for index, (token_ids, params) in enumerate(requests):
             self._engine.add_request(str(index), {"type": "token", "prompt_token_ids": list(token_ids)}, params)
+        steps = 0
         while self._engine.has_unfinished_requests():
+            if may_stop and self._asked_to_stop is not None and steps % ASK_EVERY == 0 and self._asked_to_stop():
+                self._give_up(len(requests))
+            steps += 1
             for output in self._engine.step():
                 if output.finished:
                     finish(int(output.request_id), output)
+
+    def _give_up(self, count: int) -> NoReturn:
+        """Abort what still runs of `count` requests, on all engines at the same step, and raise Stopped."""
+        self._engine.abort_request([str(index) for index in range(count)])
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+        raise Stopped("stopped on request while answers were sampled")
 
     def _response(self, output: Any) -> Response:
         """vLLM's output as a Response. Token ids and log-probs are untouched; the text leaves special tokens out."""

@@ -2,11 +2,15 @@
 
 import logging
 import os
+import random
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from megatron_nft.config import RolloutConfig
@@ -55,6 +59,22 @@ def set_environment(rollout: RolloutConfig) -> None:
     if not torch.cuda.is_available():
         logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)  # "Triton doesn't include CPU backend", by design
     warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*", category=FutureWarning)  # raised by vLLM's import
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave the process's random generators as they were: vLLM seeds them all when it starts, and draws from torch's for greedy answers
+    (which do not depend on it). They are part of a training checkpoint."""
+    python, of_numpy, cpu = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(of_numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
 
 
 def tame(engine: Any) -> None:

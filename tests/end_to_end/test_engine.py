@@ -3,10 +3,12 @@
 import functools
 import itertools
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from megatron_nft.config import RolloutConfig
 from megatron_nft.policy import topology
 from megatron_nft.rollout import Engine, Request
+from megatron_nft.stopping import Stopped
 from tests.support import add_tokenizer, one_bucket, tiny_model
 
 END = 2  # the tokenizer's <|im_end|>
@@ -106,6 +109,27 @@ def test_sampled_logprobs_are_those_of_rescoring(engine):
     for request, answer, score in zip(asked, answers, scores):
         assert len(score) == len(request.token_ids) + len(answer.token_ids) - 1
         assert score[len(request.token_ids) - 1 :] == pytest.approx(answer.logprobs, rel=0, abs=TOLERANCE)
+
+
+def test_given_up_answers_leave_a_clean_engine(engine, monkeypatch):
+    """What is asked next is answered as if nothing had been."""
+    expected = engine.generate(requests())
+    answers = iter([False, False, True])  # asked every eight scheduler steps
+    monkeypatch.setattr(engine, "_asked_to_stop", lambda: next(answers))
+    done = []
+    with pytest.raises(Stopped):
+        engine.generate(requests(), lambda index, _: done.append(index))
+    assert len(done) < len(expected)
+    monkeypatch.setattr(engine, "_asked_to_stop", None)
+    assert engine.generate(requests()) == expected
+
+
+def test_the_generators_of_the_process_are_left_alone(engine):
+    """vLLM draws from torch's for a greedy answer beside a sampled one."""
+    before = (torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tobytes())
+    engine.generate([*requests(3), *requests(3, temperature=0.0)])
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), numpy.random.get_state()[1].tobytes()) == before[1:]
 
 
 def test_temperature_is_part_of_the_logprobs(engine, models):

@@ -9,7 +9,7 @@ import torch
 from megatron_nft import logbook
 from megatron_nft.config import LoggingConfig
 from megatron_nft.errors import UserError
-from megatron_nft.logbook import Logbook, progress, read_rows
+from megatron_nft.logbook import Logbook, progress, read_rows, remove_later
 
 
 class Terminal(io.StringIO):
@@ -109,6 +109,27 @@ def test_a_torn_last_line_is_dropped(tmp_path):
     assert [row["step"] for row in read_rows(path)] == [1, 2]
     write_steps(tmp_path, [3], first_step=2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_row_that_was_begun_goes_on(step, tmp_path):
+    """The rows before it stay, that of step 0 too; its own is written once."""
+    write_steps(tmp_path, range(4))
+    with Logbook(tmp_path, "run", 3, step, stream=io.StringIO(), row={"tokens": 7, "time/train": 1.5}) as log:
+        log.add({"validation/set/greedy": 0.5})
+        log.commit(step)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(step + 1))
+    assert (rows[-1]["tokens"], rows[-1]["time/train"], rows[-1]["validation/set/greedy"]) == (7, 1.5, 0.5)
+
+
+def test_files_of_later_steps_are_removed(tmp_path):
+    kept = ["step_2.parquet", "step_2-1.parquet", "step_10.txt.bak", "huggingface.json"]
+    for name in [*kept, "step_3.parquet", "step_3-1.parquet", "step_10.json", "step_4.parquet.part"]:
+        (tmp_path / name).write_text("")
+    remove_later(tmp_path, 2)
+    remove_later(tmp_path / "nowhere", 2)
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
