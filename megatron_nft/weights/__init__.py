@@ -6,20 +6,30 @@ Pure torch: nothing here imports Megatron-Core or vLLM.
 from megatron_nft.weights.families import table_for
 from megatron_nft.weights.huggingface import HuggingFaceWeights, load_huggingface, read_json
 from megatron_nft.weights.layouts import padded_vocab_size
+from megatron_nft.weights.resume import Unfinished, check_vacant, fingerprint, resumable
+from megatron_nft.weights.safetensors_files import Kind
 from megatron_nft.weights.stream import stream
 from megatron_nft.weights.table import Entry, Table, expert_number, with_expert
-from megatron_nft.weights.writer import check_vacant, copy_companions, save_huggingface, whole_or_nothing
+from megatron_nft.weights.torch_dist import TorchDistWeights, find_iteration
+from megatron_nft.weights.writer import convert_to_huggingface, copy_companions, save_huggingface, whole_or_nothing
 
 __all__ = [
     "Entry",
     "HuggingFaceWeights",
+    "Kind",
     "Table",
+    "TorchDistWeights",
+    "Unfinished",
     "check_vacant",
+    "convert_to_huggingface",
     "copy_companions",
     "expert_number",
+    "find_iteration",
+    "fingerprint",
     "load_huggingface",
     "padded_vocab_size",
     "read_json",
+    "resumable",
     "save_huggingface",
     "stream",
     "table_for",
