@@ -45,13 +45,23 @@ def save(directory: Path, policy, state: dict) -> None:
     dist.barrier()
     if policy.topology.is_first:
         copy_companions(Path(policy.config.model.path), directory)
-        files = {str(f.relative_to(directory)): _fingerprint(f) for f in sorted(directory.rglob("*")) if f.is_file()}
-        dtype = str(policy.module.config.params_dtype).removeprefix("torch.")
-        manifest = {"layout": _layout(policy), "dtype": dtype, "optimizer": _trainable(policy), "files": files, "state": state}
-        temporary = directory / (MANIFEST + ".partial")
-        temporary.write_text(json.dumps(manifest, indent=1))
-        temporary.rename(directory / MANIFEST)
+        files = [file for file in sorted(directory.rglob("*")) if file.is_file()]
+        write_manifest(directory, files, policy.topology, policy.module.config.params_dtype, _trainable(policy), state)
     dist.barrier()
+
+
+def write_manifest(directory: Path, files: list[Path], topology, dtype: torch.dtype, optimizer: bool, state: dict) -> None:
+    """Of the files of a complete checkpoint; the file that makes it one."""
+    manifest = {
+        "layout": layout_of(topology),
+        "dtype": str(dtype).removeprefix("torch."),
+        "optimizer": optimizer,
+        "files": {str(file.relative_to(directory)): _fingerprint(file) for file in files},
+        "state": state,
+    }
+    temporary = directory / (MANIFEST + ".partial")
+    temporary.write_text(json.dumps(manifest, indent=1))
+    temporary.rename(directory / MANIFEST)
 
 
 def load(directory: Path, policy) -> dict:
@@ -184,7 +194,11 @@ def _trainable(policy) -> bool:
 
 
 def _layout(policy) -> dict:
-    t = policy.topology
+    return layout_of(policy.topology)
+
+
+def layout_of(t) -> dict:
+    """The sizes of a topology, as the manifest has them."""
     layout = {"tensor": t.tensor_size, "pipeline": t.pipeline_size, "data": t.data_size, "context": t.context_size}
     return layout | {"virtual_pipeline": t.virtual_size, "expert": t.expert_size, "expert_tensor": t.expert_tensor_size}
 

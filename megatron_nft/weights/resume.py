@@ -18,6 +18,7 @@ from megatron_nft.errors import UserError
 
 JOURNAL = "journal"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 SPARE = 16 * 2**20  # bytes: config, tokenizer, indices
 
 
@@ -34,7 +35,7 @@ def partial_of(directory: Path) -> Path:
 
 def fingerprint(directories: Iterable[Path]) -> list:
     """Name, size and time of change of every file in the directories: what tells whether a source is the one it was."""
-    files = sorted(file for directory in directories for file in directory.rglob("*") if file.is_file())
+    files = sorted(file for directory in directories for file in directory.iterdir() if file.is_file())
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
@@ -80,6 +81,10 @@ class Unfinished:
             if path.name not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
+    def files(self) -> list[Path]:
+        """Every file that will stay."""
+        return sorted(file for file in self.directory.rglob("*") if file.is_file() and self._journal not in file.parents)
+
     def close(self) -> None:
         """The directory is complete."""
         shutil.rmtree(self._journal)
@@ -94,42 +99,34 @@ def resumable(directory: Path, source: dict, nbytes: int) -> Iterator[Unfinished
     """
     check_vacant(directory)
     unfinished = Unfinished(partial_of(directory))
-    with _writing(directory):
+    try:
         unfinished.begin(source)
         _check_room(directory, unfinished, nbytes)
-    try:
-        with _writing(directory):
-            yield unfinished
-            unfinished.close()
-            if directory.exists():
-                directory.rmdir()
-            unfinished.directory.rename(directory)
-    except UserError as error:
-        if isinstance(error.__cause__, OSError) and unfinished.finished_names():
+        yield unfinished
+        unfinished.close()
+        if directory.exists():
+            directory.rmdir()
+        unfinished.directory.rename(directory)
+    except Exception as error:
+        reason = None if isinstance(error, UserError) else _os_error(error)
+        full = reason is not None and reason.errno in NO_ROOM
+        kept = unfinished.finished_names() if full else []
+        if kept:
             unfinished.drop_unfinished()
         else:
             shutil.rmtree(unfinished.directory, ignore_errors=True)
-        raise
-    except Exception:
-        shutil.rmtree(unfinished.directory, ignore_errors=True)
+        if full:
+            raise _no_room(directory, reason, kept) from error
+        if reason is not None and reason.errno in NOT_WRITABLE and str(unfinished.directory) in str(reason.filename):
+            raise UserError(f"{directory} cannot be written ({reason.strerror})", "choose a directory that can") from error
         raise
 
 
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """A disk that is full or cannot be written becomes a UserError."""
-    try:
-        yield
-    except Exception as error:
-        if (reason := _os_error(error)) is None:
-            raise
-        if reason.errno in NO_ROOM:
-            where = partial_of(directory)
-            mend = f"make room and run the same command again: it goes on from the finished files in {where}; or remove that directory"
-            raise UserError(f"no room to write {directory} ({reason.strerror})", mend) from reason
-        if reason.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR) and directory.name in str(reason.filename):
-            raise UserError(f"{directory} cannot be written ({reason.strerror})", "choose a directory that can") from reason
-        raise
+def _no_room(directory: Path, reason: OSError, kept: list[str]) -> UserError:
+    mend = "make room and run the same command again"
+    if kept:
+        mend += f": it goes on after the {len(kept)} files that are finished in {partial_of(directory)}; or remove that directory"
+    return UserError(f"no room to write {directory} ({reason.strerror})", mend)
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
@@ -143,8 +140,6 @@ def _check_room(directory: Path, unfinished: Unfinished, nbytes: int) -> None:
     done = sum((unfinished.directory / name).stat().st_size for name in unfinished.finished_names())
     need, free = nbytes - done + SPARE, shutil.disk_usage(unfinished.directory).free
     if need > free:
-        if not done:
-            shutil.rmtree(unfinished.directory)
         raise UserError(f"{directory} needs {need / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free on its disk",
                         "make room, or choose a directory on another disk")  # fmt: skip
 
