@@ -72,7 +72,9 @@ Text = tuple[int, list[int], Tensor]  # length of the prompt; its tokens and tho
 def greedy_texts(source: Path, prompts: list[list[int]]) -> list[Text]:
     """What transformers' model writes after each prompt, always taking the likeliest token, and its log-probs at every position."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     texts = []
     for prompt in prompts:
