@@ -1,8 +1,10 @@
 """Megatron-Core's distributed checkpoints ("torch_dist"), read one tensor at a time without Megatron-Core and without a process group."""
 
+import io
 from collections import defaultdict
 from itertools import product
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -106,11 +108,20 @@ class TorchDistWeights:
         if sum(item.lengths.numel() for item in items) != target.numel():
             raise UserError(f"the checkpoint {self.directory} is damaged: it lacks a part of {place.key}", OLDER)
         try:
+            for item in items:
+                self._check_sum(item.storage_index)
             self._reader.read_data(LoadPlan(items), planner).wait()
         except Exception as error:  # a damaged file raises what zip, pickle and torch have
             what = str(error).splitlines()[0] if str(error) else repr(error)
             raise UserError(f"the checkpoint {self.directory} is damaged: {place.key} cannot be read ({what})", OLDER) from error
         return target
+
+    def _check_sum(self, index: MetadataIndex) -> None:
+        """Raise where the bytes of an item are not what was written: each is a zip file with checksums, which torch does not look at."""
+        info = self._reader.storage_data[index]
+        with open(self.directory / info.relative_path, "rb") as stream, ZipFile(_View(stream, info.offset, info.length)) as item:
+            if bad := item.testzip():
+                raise BadZipFile(f"the checksum of {bad} is wrong")
 
     def _chunks_of(self, place: Place) -> list[ChunkStorageMetadata]:
         """The stored pieces that hold a part of a place."""
@@ -135,6 +146,29 @@ def _item(place: Place, count: int, chunk: ChunkStorageMetadata) -> ReadItem:
         storage_offsets=torch.Size(begin),
         lengths=torch.Size([*[1] * count, *chunk.sizes[count:]]),
     )
+
+
+class _View(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, stream: io.BufferedReader, offset: int, length: int):
+        self._stream, self._offset, self._length, self._at = stream, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        self._stream.seek(self._offset + self._at)
+        read = self._stream.readinto(memoryview(buffer)[: max(self._length - self._at, 0)])
+        self._at += read
+        return read
 
 
 class _OnePlace(LoadPlanner):
