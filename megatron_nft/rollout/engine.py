@@ -25,6 +25,7 @@ from megatron_nft.rollout.settings import (
     weight_names,
 )
 from megatron_nft.trajectories import Response
+from megatron_nft.weights import is_checkpoint
 
 
 def check_world(rollout: RolloutConfig, world: int) -> None:
@@ -44,7 +45,7 @@ class Engine:
     """
 
     def __init__(self, model_path: str, rollout: RolloutConfig, max_model_len: int, precision: str, seed: int):
-        """Start the engine with the weights of the Hugging Face directory `model_path`.
+        """Start the engine with the weights of the Hugging Face directory `model_path`; of a checkpoint without any, until sync().
 
         max_model_len is in tokens, prompt and answer together; precision is "fp32", "bf16" or "fp16"; the seed is the same on every rank.
         Raises UserError where the world does not divide into engines.
@@ -71,6 +72,7 @@ class Engine:
             max_num_seqs=rollout.max_num_seqs,
             logprobs_mode="processed_logprobs",  # of what was sampled: after temperature and top_p
             use_tqdm_on_load=False,
+            load_format="dummy" if is_checkpoint(model_path) else "auto",  # a checkpoint's weights come with the first sync
             **(gpu_arguments(rollout) if self._on_gpu else cpu_arguments(rollout, max_model_len)),
         )
         self._engine = self._llm.llm_engine

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_nft.config import RolloutConfig
+from megatron_nft.weights import is_checkpoint, load_weights
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,11 @@ def tame(engine: Any) -> None:
 
 
 def weight_names(model_path: str, tied: bool) -> set[str]:
-    """The tensors of the Hugging Face directory that are parameters of their own."""
+    """The tensors of the Hugging Face directory, or of the checkpoint, that are parameters of their own."""
     from safetensors import safe_open
 
+    if is_checkpoint(model_path):
+        return set(load_weights(model_path).names())
     names: set[str] = set()
     for file in Path(model_path).glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:

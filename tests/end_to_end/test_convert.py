@@ -219,5 +219,19 @@ def test_more_than_one_rank(converted, tmp_path, capsys, monkeypatch):
     assert "2 ranks" in refused(capsys, "megatron-to-hf", converted[1], tmp_path / "out")
 
 
+def test_a_checkpoint_is_a_model_to_start_from(converted):
+    """model.path may name it: the checks before a run pass, and the policy has its weights."""
+    from megatron_nft import policy
+    from megatron_nft.convert import one_process, settings_of
+
+    source, checkpoint = converted
+    with one_process() as place:
+        settings = settings_of(checkpoint, torch.bfloat16)
+        policy.check(settings, window=8)
+        weights = dict(policy.Policy(settings, place, trainable=False).weights())
+    expected = load_file(source / "model.safetensors")
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
 if __name__ == "__main__":
     rank()
