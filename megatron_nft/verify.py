@@ -91,11 +91,12 @@ def compare_texts(megatron: policy.Policy, texts: list[Text]) -> None:
 
     Megatron's greedy text is the other model's if its likeliest token is the next one after each beginning of it.
     """
-    worst, equal = 0.0, 0
+    apart, equal = [], 0
     for length, tokens, theirs in texts:
         ours = vocabulary_logprobs(megatron, tokens).cpu()
-        worst = max(worst, float((ours - theirs).abs().max()))
+        apart.append((ours - theirs).abs().max())
         equal += ours[length - 1 : -1].argmax(-1).tolist() == tokens[length:]
+    worst = float(torch.stack(apart).max())  # NaN where any is
     print(f"log-probs of transformers and Megatron-Core differ by at most {worst:.1e} (tolerance {TOLERANCE:.0e}, float32, "
           f"{sum(len(tokens) for _, tokens, _ in texts)} positions, the whole vocabulary)")  # fmt: skip
     print(f"greedy text of {NEW_TOKENS} tokens is the same after {equal} of {len(texts)} prompts", flush=True)

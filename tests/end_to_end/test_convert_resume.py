@@ -220,6 +220,10 @@ def test_verify_sees_another_model(tmp_path):
         verify.compare_texts(megatron, verify.greedy_texts(first, prompts))
         with pytest.raises(UserError, match="log-probs of the converted model differ"):
             verify.compare_texts(megatron, verify.greedy_texts(second, prompts))
+        [(length, tokens, logprobs)] = verify.greedy_texts(first, prompts)
+        logprobs[4, 5] = float("nan")
+        with pytest.raises(UserError, match="differ by nan"):
+            verify.compare_texts(megatron, [(length, tokens, logprobs), *verify.greedy_texts(first, prompts)])
 
 
 def test_verify_without_logits(pair, capsys, monkeypatch):
