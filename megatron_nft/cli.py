@@ -58,6 +58,11 @@ def parser() -> argparse.ArgumentParser:
         if name != "verify":
             kind.add_argument("output", metavar="OUT_DIR", type=Path)
         kind.set_defaults(run=_convert, kind=name)
+        if name == "megatron-to-hf":
+            text = "config.json and tokenizer of the model, for a checkpoint that Megatron-LM saved"
+            kind.add_argument("--hf-config", metavar="HF_DIR", type=Path, help=text)
+        if name == "verify":
+            kind.add_argument("--no-logits", action="store_true", help="compare the tensors only, which needs little memory")
     report = commands.add_parser("report", help="write RUN_DIR/report.html and print the summary")
     report.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     report.set_defaults(run=_report)
@@ -102,14 +107,15 @@ def _sft(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from megatron_nft import convert
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all of it is reading, writing and a comparison on the CPU
+    from megatron_nft import convert, verify
 
     if arguments.kind == "verify":
-        convert.verify(arguments.source)
+        verify.verify(arguments.source, logits=not arguments.no_logits)
     elif arguments.kind == "hf-to-megatron":
         convert.hf_to_megatron(arguments.source, arguments.output)
     else:
-        convert.megatron_to_hf(arguments.source, arguments.output)
+        convert.megatron_to_hf(arguments.source, arguments.output, arguments.hf_config)
 
 
 def _report(arguments: argparse.Namespace) -> None:

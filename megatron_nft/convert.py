@@ -1,156 +1,181 @@
-"""Hugging Face <-> Megatron checkpoints, and the proof that nothing is lost on the way.
+"""Hugging Face <-> Megatron checkpoints, tensor by tensor: neither direction holds the model, or more than a file of it, in memory.
 
-One process, without layout flags: a checkpoint loads under any layout, so the whole model is laid out on one device. Memory: the model
-once, and one Hugging Face shard. CUDA_VISIBLE_DEVICES= converts in main memory what one GPU does not hold.
+One process, without layout flags: a checkpoint loads under any layout. Both directions write into a hidden directory that the same command
+goes on with after a kill (weights/resume.py), and that takes its name when it is complete.
 """
 
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from megatron_nft import policy
+from megatron_nft import logbook, policy
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError
-from megatron_nft.policy import checkpoint, topology
-from megatron_nft.weights import HuggingFaceWeights, check_vacant, load_huggingface, save_huggingface, whole_or_nothing
+from megatron_nft.policy import checkpoint, streamed, topology, versions
+from megatron_nft.weights import (
+    HuggingFaceWeights,
+    Kind,
+    TorchDistWeights,
+    check_tokenizer,
+    check_vacant,
+    convert_to_huggingface,
+    copy_companions,
+    find_iteration,
+    fingerprint,
+    load_huggingface,
+    read_json,
+    resumable,
+)
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-SHOWN = 5  # differing tensors that verify names
 
 
 def hf_to_megatron(source: Path, output: Path) -> None:
     """Write a Megatron checkpoint of a Hugging Face directory; it holds the config and tokenizer files too.
 
-    Raises UserError for a source that load_huggingface or policy.check refuses, and where output is not vacant; output is then not
-    touched.
+    Raises UserError for a source that load_huggingface, policy.check or check_tokenizer refuses, where output is not vacant, and where the
+    disk has no room.
     """
+    output = output.absolute()
     check_vacant(output)
-    settings = _settings(source, _storage(load_huggingface(source)))
+    hf = checked(source)
+    settings = settings_of(source, storage(hf))
     policy.check(settings, window=0)
-    with _one_process() as place:
-        _to_megatron(settings, output, place)
+    with one_process() as place:
+        to_megatron(hf, settings, output, place)
 
 
-def megatron_to_hf(directory: Path, output: Path) -> None:
-    """Write the weights of a checkpoint, converted or from training, as a Hugging Face directory.
+def megatron_to_hf(directory: Path, output: Path, hf_config: Path | None = None) -> None:
+    """Write the weights of a checkpoint as a Hugging Face directory.
 
-    A converted model gets back the dtypes it came with; a trained one has those it was trained in, and config.json says so.
-    Raises UserError for what is no complete checkpoint, and where output is not vacant.
+    directory: converted, from training, or Megatron-LM's own (an iter_ directory, or the one above it; format torch_dist), for which
+    hf_config is a directory with the model's config.json and tokenizer. A converted model gets back the dtypes it came with; others
+    have those they are stored in, and config.json says so.
+    Raises UserError for what is no complete checkpoint or another model's, where output is not vacant, and where the disk has no room.
     """
+    output = output.absolute()
     check_vacant(output)
-    checkpoint.read_manifest(directory)
-    with _one_process() as place:
-        _to_hf(directory, output, place)
+    if topology.world_size() != 1:
+        _one_rank_only()
+    to_hf(*open_checkpoint(directory, hf_config), output)
 
 
-def verify(source: Path) -> None:
-    """Convert there and back in a temporary directory (twice the model's size; TMPDIR chooses where) and compare every tensor's name,
-    shape, dtype and bits. Prints the result; raises UserError where something differs."""
-    before = load_huggingface(source)
-    settings = _settings(source, _storage(before))
-    policy.check(settings, window=0)
-    with tempfile.TemporaryDirectory(prefix="megatron-nft-verify-") as scratch, _one_process() as place:
-        there, back = Path(scratch) / "megatron", Path(scratch) / "huggingface"
-        _to_megatron(settings, there, place)
-        _to_hf(there, back, place)
-        differing = differences(before, load_huggingface(back))
-    for line in differing[:SHOWN]:
-        _say(line)
-    if differing:
-        raise UserError(
-            f"{len(differing)} of {len(before.names())} tensors of {source} differ after the way back", "do not use the conversion"
-        )
-    _say(f"{len(before.names())} tensors, bit-identical")
+def checked(source: Path) -> HuggingFaceWeights:
+    """A Hugging Face directory that is all there. Raises UserError for one that is not."""
+    hf = load_huggingface(source)
+    hf.check_index()
+    check_tokenizer(source, hf.config["vocab_size"])
+    return hf
 
 
-def differences(before: HuggingFaceWeights, after: HuggingFaceWeights) -> list[str]:
-    """One line for each tensor that is not the same: missing, new, of another shape or dtype, or with other bits."""
-    old, new = before.dtypes(), after.dtypes()
-    lines = [f"{name} is missing" for name in old if name not in new]
-    lines += [f"{name} is new" for name in new if name not in old]
-    for name in old:
-        if name not in new:
-            continue
-        a, b = before.get(name), after.get(name)
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            lines.append(f"{name} was {_kind(a)}, is {_kind(b)}")
-        elif other := int((_bits(a) != _bits(b)).sum()):
-            lines.append(f"{name} differs in {other} of {a.numel()} numbers")
-    return lines
+def open_checkpoint(directory: Path, hf_config: Path | None) -> tuple[TorchDistWeights, Path, dict[str, str]]:
+    """(weights, directory with config and tokenizer, dtypes other than the stored ones). Raises UserError as megatron_to_hf does."""
+    if hf_config is None:
+        if not (directory / checkpoint.MANIFEST).is_file() and _looks_like_megatron_lm(directory):
+            raise UserError(
+                f"{directory} has no {checkpoint.MANIFEST}: it is Megatron-LM's own, or not complete",
+                "if it is Megatron-LM's own, give --hf-config HF_DIR, a directory with the model's config.json and tokenizer",
+            )
+        manifest = checkpoint.read_manifest(directory)
+        return TorchDistWeights(directory, read_json(directory / "config.json")), directory, manifest["state"].get("dtypes", {})
+    if not (hf_config / "config.json").is_file():
+        raise UserError(f"no config.json in {hf_config}", "give --hf-config a directory with the model's config.json and tokenizer")
+    weights = TorchDistWeights(find_iteration(directory), read_json(hf_config / "config.json"))
+    check_tokenizer(hf_config, weights.config["vocab_size"])
+    return weights, hf_config, {}
 
 
-def _to_megatron(settings: Config, output: Path, place: policy.Topology) -> None:
-    started, source = time.perf_counter(), load_huggingface(settings.model.path)
-    model = policy.Policy(settings, place, trainable=False)
-    _report("read", source.directory, model, started)
-    started, held = time.perf_counter(), model.module.config.params_dtype
-    others = {name: _name(dtype) for name, dtype in source.dtypes().items() if dtype != held}
-    with whole_or_nothing(output.resolve()) as partial:
-        model.save(partial, {"dtypes": others})
-    _report("wrote", output, model, started)
+def to_megatron(hf: HuggingFaceWeights, settings: Config, output: Path, place: policy.Topology) -> None:
+    """Of a source and settings that were checked."""
+    started, held = time.perf_counter(), storage(hf)
+    others = {name: _name(dtype) for name, dtype in hf.dtypes().items() if dtype != held}
+    shapes = hf.shapes().values()
+    total = sum(Kind(shape, held).nbytes for shape in shapes)
+    made_of = {"to": "megatron", "files": fingerprint([hf.directory]), "megatron": versions.version(), "torch": torch.__version__}
+    with Progress(total, f"converting {hf.directory.name}") as progress, resumable(output, made_of, total) as unfinished:
+        streamed.write_checkpoint(hf, settings, unfinished, progress)
+        copy_companions(hf.directory, unfinished.directory)
+        checkpoint.write_manifest(unfinished.directory, unfinished.files(), place, held, {"dtypes": others})
+    _report(output, len(shapes), total, started)
 
 
-def _to_hf(directory: Path, output: Path, place: policy.Topology) -> None:
-    started, held = time.perf_counter(), getattr(torch, checkpoint.read_manifest(directory)["dtype"])
-    model = policy.Policy(_settings(directory, held), place, trainable=False, weights=False)
-    dtypes = model.load(directory).get("dtypes", {})  # a training run has none
-    _report("read", directory, model, started)
-    started = time.perf_counter()
-    save_huggingface(output, _cast(model.weights(), dtypes), directory)
-    _report("wrote", output, model, started)
+def to_hf(weights: TorchDistWeights, template: Path, dtypes: dict[str, str], output: Path) -> None:
+    """Of a checkpoint that was opened."""
+    started, shapes = time.perf_counter(), weights.shapes()
+    wanted = {name: getattr(torch, dtypes[name]) if name in dtypes else dtype for name, dtype in weights.dtypes().items()}
+    kinds = {name: Kind(shapes[name], wanted[name]) for name in shapes}
+    total = sum(kind.nbytes for kind in kinds.values())
+
+    def get(name: str) -> Tensor:
+        return weights.get(name).to(wanted[name])
+
+    with Progress(total, f"converting {weights.directory.name}") as progress:
+        convert_to_huggingface(output, kinds, get, template, weights.directory, progress)
+    _report(output, len(shapes), total, started)
 
 
-def _cast(tensors: Iterator[tuple[str, Tensor]], dtypes: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in the named dtypes; those that have none stay as they are."""
-    for name, tensor in tensors:
-        yield name, tensor.to(getattr(torch, dtypes[name])) if name in dtypes else tensor
+class Progress:
+    """A bar on a terminal, plain lines elsewhere; called with bytes, it shows MB."""
+
+    def __init__(self, total: int, label: str):
+        self._bar, self._bytes, self._shown = logbook.progress(max(total // 10**6, 1), label, "MB"), 0, 0
+
+    def __enter__(self) -> Self:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.__exit__(*exception)
+
+    def __call__(self, nbytes: int) -> None:
+        self._bytes += nbytes
+        whole = self._bytes // 10**6
+        if whole > self._shown:
+            self._bar.update(whole - self._shown)
+            self._shown = whole
 
 
-def _storage(source: HuggingFaceWeights) -> torch.dtype:
+def storage(source: HuggingFaceWeights) -> torch.dtype:
     """What the checkpoint holds the weights in: bfloat16 if all of them have it, otherwise float32, which holds each one exactly."""
     return torch.bfloat16 if set(source.dtypes().values()) == {torch.bfloat16} else torch.float32
 
 
-def _settings(path: Path, held: torch.dtype) -> Config:
+def settings_of(path: Path, held: torch.dtype) -> Config:
+    """Settings of a run that holds the model in this dtype, in one process."""
     settings = Config(run_dir="")
     settings.model.path, settings.model.precision = str(path), PRECISIONS[held]
     return settings
 
 
 @contextmanager
-def _one_process() -> Iterator[policy.Topology]:
+def one_process() -> Iterator[policy.Topology]:
     """Megatron's groups for a world of one. Raises UserError under a launcher of several ranks."""
     if topology.world_size() != 1:
-        raise UserError(f"convert was started as {topology.world_size()} ranks", "start it without torchrun or srun")
+        _one_rank_only()
     try:
         yield policy.initialize(Config(run_dir="").parallel, seed=1)
     finally:
         policy.shutdown()
 
 
-def _kind(tensor: Tensor) -> str:
-    return f"{_name(tensor.dtype)} {list(tensor.shape)}"
+def _one_rank_only() -> None:
+    raise UserError(f"convert was started as {topology.world_size()} ranks", "start it without torchrun or srun")
+
+
+def _looks_like_megatron_lm(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("latest_checkpointed_iteration.txt", "metadata.json"))
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """As integers: a NaN is then equal to itself, and 0 is not -0."""
-    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
-
-
-def _report(verb: str, directory: Path, model: policy.Policy, started: float) -> None:
-    size = sum(file.stat().st_size for file in directory.iterdir() if file.suffix in (".safetensors", ".distcp"))
+def _report(output: Path, tensors: int, total: int, started: float) -> None:
     seconds = time.perf_counter() - started
-    _say(f"{verb} {directory}: {len(model.table.hf_shapes())} tensors, {size / 1e9:.3f} GB, {seconds:.1f} s")
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
+    rate = f"{total / 1e9 / seconds:.2f} GB/s"
+    print(f"wrote {output}: {tensors} tensors, {total / 1e9:.3f} GB, {seconds:.1f} s, {rate}", flush=True)

@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_nft.errors import UserError
-from megatron_nft.policy import optimizer
+from megatron_nft.policy import manifest, optimizer
 from megatron_nft.policy.manifest import MANIFEST, best, damage, find, newest, prune, read_manifest, score_of, sweep
 from megatron_nft.policy.saving import Saved, Saver, failed
+from megatron_nft.policy.topology import Topology
 
 __all__ = [
     "MANIFEST", "Saved", "Saver", "best", "failed", "find", "load", "load_newest", "newest", "prune", "read_manifest", "score_of",
-    "start", "sweep",
+    "start", "sweep", "write_manifest",
 ]  # fmt: skip
 
 _log = logging.getLogger(__name__)
@@ -53,6 +54,12 @@ def load_newest(directory: Path, policy) -> tuple[Path, dict]:
         _log.warning("passing over a checkpoint: %s", problem)
         candidate = _first_ranks(newest(run_dir, before=candidate) if dist.get_rank() == 0 else None)
     raise UserError(first_problem, "choose another run_dir, or restore the files")
+
+
+def write_manifest(directory: Path, files: list[Path], topology: Topology, dtype: torch.dtype, state: dict) -> None:
+    """Of a checkpoint of weights alone, all of whose files are there."""
+    about = {"layout": layout_of(topology), "dtype": str(dtype).removeprefix("torch."), "optimizer": False, "state": state}
+    manifest.write(directory, about | {"files": manifest.secured(directory, files)})
 
 
 def load(directory: Path, policy) -> dict:
@@ -222,7 +229,11 @@ def _live(policy) -> list[torch.Tensor]:
 
 
 def _layout(policy) -> dict:
-    t = policy.topology
+    return layout_of(policy.topology)
+
+
+def layout_of(t: Topology) -> dict:
+    """The sizes of a topology, as the manifest has them."""
     layout = {"tensor": t.tensor_size, "pipeline": t.pipeline_size, "data": t.data_size, "context": t.context_size}
     return layout | {"virtual_pipeline": t.virtual_size, "expert": t.expert_size, "expert_tensor": t.expert_tensor_size}
 

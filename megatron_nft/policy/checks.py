@@ -10,7 +10,7 @@ from megatron_nft.config import Config
 from megatron_nft.errors import UserError
 from megatron_nft.policy import model, optimizer, settings, versions
 from megatron_nft.policy.topology import expert_tensor_size
-from megatron_nft.weights import load_huggingface, table_for
+from megatron_nft.weights import load_weights, table_for
 
 
 def check(config: Config, window: int, training: bool = True) -> None:
@@ -23,7 +23,7 @@ def check(config: Config, window: int, training: bool = True) -> None:
     if not training:
         return
     versions.quiet()
-    hf = load_huggingface(config.model.path).config
+    hf = load_weights(config.model.path).config
     _check_fp8(hf, config)
     _check_optimizer(config)
     _check_recompute(hf, config)

@@ -59,15 +59,20 @@ def hidden(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.partial")
 
 
+def write(directory: Path, manifest: dict) -> None:
+    """Write the manifest, in one move: what makes a directory a checkpoint."""
+    partial = directory / (MANIFEST + ".partial")
+    partial.write_text(json.dumps(manifest, indent=1))
+    sync(partial)
+    partial.rename(directory / MANIFEST)
+
+
 def publish(written: Path, manifest: dict, directory: Path) -> None:
     """Write the manifest into the hidden directory and give it its final name, in whose place a directory that has it is removed.
 
     A power cut leaves one of the two complete under the final name, or, between two renames, none.
     """
-    partial = written / (MANIFEST + ".partial")
-    partial.write_text(json.dumps(manifest, indent=1))
-    sync(partial)
-    partial.rename(written / MANIFEST)
+    write(written, manifest)
     for folder in (written, *(path for path in written.rglob("*") if path.is_dir())):
         sync(folder)
     replaced = hidden(directory)

@@ -9,7 +9,7 @@ from megatron_nft.policy import settings, topology, versions
 from megatron_nft.policy.layers import PackedAttention, RMSNorm
 from megatron_nft.policy.sizes import check_layout
 from megatron_nft.policy.varlen import VarlenAttention
-from megatron_nft.weights import load_huggingface, padded_vocab_size, table_for
+from megatron_nft.weights import load_weights, padded_vocab_size, table_for
 
 
 def check(config: Config, window: int) -> None:
@@ -17,7 +17,7 @@ def check(config: Config, window: int) -> None:
 
     Nothing is allocated. window: tokens of the longest prompt with its answer.
     """
-    hf = load_huggingface(config.model.path).config
+    hf = load_weights(config.model.path).config
     for key in ("rms_norm_eps", "max_position_embeddings"):
         if hf.get(key) is None:
             raise UserError(f"config.json in {config.model.path} has no {key}", "take the model's complete config.json")

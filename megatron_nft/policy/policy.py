@@ -25,8 +25,9 @@ from megatron_nft.weights import (
     Bucket,
     Buffers,
     HuggingFaceWeights,
+    TorchDistWeights,
     expert_number,
-    load_huggingface,
+    load_weights,
     read_json,
     save_huggingface,
     stream,
@@ -39,7 +40,7 @@ LENGTH_MULTIPLE = 128
 
 
 class Policy:
-    """A Megatron-Core GPTModel with its optimizer, loaded from the Hugging Face directory config.model.path."""
+    """A Megatron-Core GPTModel with its optimizer, loaded from config.model.path: a Hugging Face directory, or a checkpoint."""
 
     def __init__(self, config: Config, topology: Topology, trainable: bool = True, weights: bool = True):
         """trainable=False leaves out gradients and optimizer (conversion, parity checks). weights=False leaves the weights unset, for
@@ -47,7 +48,7 @@ class Policy:
         self.config, self.topology = config, topology
         self._saver = checkpoint.Saver()
         self.temperature = config.rollout.temperature  # log-probs are of the distribution that is sampled from
-        source = load_huggingface(config.model.path) if weights else None
+        source = load_weights(config.model.path) if weights else None
         self.hf = source.config if source else read_json(Path(config.model.path) / "config.json")
         self.table = table_for(self.hf)
         self.modules = model.build(self.hf, config)  # one GPTModel, or the chunks of an interleaved pipeline
@@ -282,7 +283,7 @@ class Policy:
         dist.barrier()
 
     @torch.no_grad()
-    def _fill(self, source: HuggingFaceWeights) -> None:
+    def _fill(self, source: HuggingFaceWeights | TorchDistWeights) -> None:
         for name, parameter in self._all_parameters():
             wanted = "embedding.word_embeddings.weight" if self._is_tied_copy(name) else name
             local = self.table.to_megatron(wanted, source.get, *self.topology.slice_of(expert_number(name) is not None))

@@ -5,6 +5,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,7 @@ _NOTICES = {
     "models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
     "dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+    "dist_checkpointing.serialization": "Overwriting old incomplete",
 }
 _WARNINGS = (
     "`torch.distributed",  # a name that torch calls deprecated
@@ -120,6 +122,26 @@ def set_values(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
     parameter.copy_(values)
     if hasattr(parameter, "get_high_precision_init_val"):
         parameter.get_high_precision_init_val().copy_(values)
+
+
+def save_strategy(write: Callable[[dict, str], None]):
+    """A strategy for dist_checkpointing.save: write(sharded state, directory) writes the sharded tensors and objects.
+
+    0.19 makes the state that all ranks share one of the objects; it gets its file of 0.16, too, which 0.16 cannot load without and 0.19
+    prefers.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    class Strategy(TorchDistSaveShardedStrategy):
+        def save(self, sharded_state_dict, checkpoint_dir, *unused) -> None:
+            for value in nested_values(sharded_state_dict):
+                if isinstance(value, ShardedObject) and value.key == "common_state":
+                    torch.save(value.data, Path(checkpoint_dir) / "common.pt")
+            write(sharded_state_dict, checkpoint_dir)
+
+    return Strategy("torch_dist", 1)
 
 
 def fused_adam() -> str | None:

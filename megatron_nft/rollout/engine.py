@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from operator import methodcaller
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,19 +30,12 @@ from megatron_nft.rollout.settings import (
     sampling_params,
     set_environment,
     tame,
-    weight_names,
 )
 from megatron_nft.stopping import Stopped
 from megatron_nft.trajectories import Response
+from megatron_nft.weights import Bucket, is_checkpoint, load_weights
 
 ASK_EVERY = 8  # scheduler steps: a fraction of a second, against a reduction over all ranks
-
-
-class Tensors(Protocol):
-    """A part of a model's weights, such as weights.Bucket."""
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, full tensor)."""
 
 
 def check_world(rollout: RolloutConfig, world: int) -> None:
@@ -58,7 +51,8 @@ class Engine:
     """A vLLM engine under the external launcher: torch.distributed and RANK, LOCAL_RANK, WORLD_SIZE, MASTER_* are set by the caller.
 
     `index` of `count` engines is this rank's; `is_first` marks the one rank of an engine that hands on its answers;
-    `weight_version` counts the syncs as told by the caller; `rounds_head` tells of a sampler that rounds its logits to 16 bits.
+    `weight_version` counts the syncs as told by the caller; `names` are the model's tensors under their Hugging Face names;
+    `rounds_head` tells of a sampler that rounds its logits to 16 bits.
     """
 
     def __init__(
@@ -70,7 +64,7 @@ class Engine:
         seed: int,
         asked_to_stop: Callable[[], bool] | None = None,
     ):
-        """Start the engine with the weights of the Hugging Face directory `model_path`.
+        """Start the engine with the weights of the Hugging Face directory `model_path`; of a checkpoint without any, until sync().
 
         max_model_len is in tokens, prompt and answer together; precision is "fp32", "bf16" or "fp16"; the seed is the same on every rank.
         asked_to_stop gives all ranks the same answer, and is called by all of them equally often; where it is true, running answers are
@@ -100,12 +94,13 @@ class Engine:
                 max_num_seqs=rollout.max_num_seqs,
                 logprobs_mode="processed_logprobs",  # of what was sampled: after temperature and top_p
                 use_tqdm_on_load=False,
+                load_format="dummy" if is_checkpoint(model_path) else "auto",  # a checkpoint's weights come with the first sync
                 **(gpu_arguments(rollout) if self._on_gpu else cpu_arguments(rollout, max_model_len)),
             )
         self._engine = self._llm.llm_engine
         tame(self._engine)
         self._tied = self._llm.model_config.hf_config.tie_word_embeddings
-        self._names = weight_names(model_path, self._tied)
+        self.names = frozenset(load_weights(model_path).names())
         self._tokenizer = self._llm.get_tokenizer()
         self.rounds_head = any(self._llm.apply_model(rounds_head))
 
@@ -145,25 +140,20 @@ class Engine:
 
     def checksums(self) -> dict[frozenset[str], Checksum]:
         """Checksums of the weights that the engine holds as they are, by the Hugging Face tensors in them; see rollout/loaded.py."""
-        return self._llm.apply_model(partial(loaded.checksums, names=sorted(self._names)))[0]
+        return self._llm.apply_model(partial(loaded.checksums, names=sorted(self.names)))[0]
 
     def differing(self, weights: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
         """Which tensors of a stream this rank does not hold a part of as it should; the stream is taken to its end."""
         return self._llm.apply_model(lambda model: [name for name, full in weights if loaded.differs(model, name, full)])[0]
 
-    @property
-    def names(self) -> frozenset[str]:
-        """The model's tensors under their Hugging Face names; a tied head is not among them."""
-        return frozenset(self._names)
-
-    def sync(self, buckets: Iterator[Tensors], version: int) -> None:
+    def sync(self, buckets: Iterator[Bucket], version: int) -> None:
         """Load new weights: buckets of full tensors under their Hugging Face names, all of them. Wakes a sleeping engine.
 
         The buckets are taken one at a time, so a stream needs the memory of one; vLLM holds on to the tensors of a layer until it has them
         all, and to the last ones beyond the end. vLLM's own reload keeps repacked and quantised layers right. The prefix cache, filled by
         the old weights, is emptied. Raises RuntimeError for a stream that leaves tensors out (vLLM itself would keep the old ones).
         """
-        missing = set(self._names)
+        missing = set(self.names)
 
         def counted(named: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
             missing.discard(named[0])

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from megatron_nft.config import Config
 from megatron_nft.rewards.length import settle
-from megatron_nft.rollout.engine import Engine, Request, Tensors
+from megatron_nft.rollout.engine import Engine, Request
 from megatron_nft.trajectories import OUTCOMES, Group, Prompt, Response
+from megatron_nft.weights import Bucket
 
 if TYPE_CHECKING:
     from megatron_nft.prompts import Cursor
@@ -150,7 +151,7 @@ class Sampler:
             [own[position] for position in kept if position in own], statistics, waited, self._warnings(len(kept), len(usable), draws)
         )
 
-    def sync(self, buckets: Iterator[Tensors], version: int) -> None:
+    def sync(self, buckets: Iterator[Bucket], version: int) -> None:
         """New weights for the engine, as Engine.sync takes them."""
         self._engine.sync(buckets, version)
 

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -85,17 +84,6 @@ def tame(engine: Any) -> None:
         finalizer.detach()
     # A reload reports every rotary embedding, which has no weights, as not loaded; sync() checks the names itself.
     logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
-
-
-def weight_names(model_path: str, tied: bool) -> set[str]:
-    """The tensors of the Hugging Face directory that are parameters of their own."""
-    from safetensors import safe_open
-
-    names: set[str] = set()
-    for file in Path(model_path).glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            names |= set(tensors.keys())
-    return {name for name in names if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")}
 
 
 def repack_head(model: torch.nn.Module) -> None:

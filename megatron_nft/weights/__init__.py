@@ -7,9 +7,14 @@ from megatron_nft.weights.buckets import Bucket, Buffers, Slot
 from megatron_nft.weights.families import table_for
 from megatron_nft.weights.huggingface import HuggingFaceWeights, load_huggingface, read_json
 from megatron_nft.weights.layouts import padded_vocab_size
+from megatron_nft.weights.resume import Unfinished, check_vacant, fingerprint, resumable
+from megatron_nft.weights.safetensors_files import Kind
+from megatron_nft.weights.source import is_checkpoint, load_weights
 from megatron_nft.weights.stream import stream
 from megatron_nft.weights.table import Entry, Table, expert_number, with_expert
-from megatron_nft.weights.writer import check_vacant, copy_companions, save_huggingface, whole_or_nothing
+from megatron_nft.weights.tokenizer import check_tokenizer
+from megatron_nft.weights.torch_dist import TorchDistWeights, find_iteration
+from megatron_nft.weights.writer import convert_to_huggingface, copy_companions, save_huggingface, whole_or_nothing
 
 __all__ = [
     "Bucket",
@@ -17,13 +22,23 @@ __all__ = [
     "Entry",
     "HuggingFaceWeights",
     "Slot",
+    "Kind",
     "Table",
+    "TorchDistWeights",
+    "Unfinished",
+    "check_tokenizer",
     "check_vacant",
+    "convert_to_huggingface",
     "copy_companions",
     "expert_number",
+    "find_iteration",
+    "fingerprint",
+    "is_checkpoint",
     "load_huggingface",
+    "load_weights",
     "padded_vocab_size",
     "read_json",
+    "resumable",
     "save_huggingface",
     "stream",
     "table_for",

@@ -4,17 +4,15 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_nft.errors import UserError
 from megatron_nft.weights.families import table_for
+from megatron_nft.weights.safetensors_files import AGAIN, DTYPES, Stored, read_header
 from megatron_nft.weights.table import EMBEDDING, HEAD, Table
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-AGAIN = "download or copy the model again"
 ONE_MODEL = "choose the config.json and the weights of one model"
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # safetensors' names
 
 
 class HuggingFaceWeights:
@@ -28,7 +26,7 @@ class HuggingFaceWeights:
         self.directory = directory
         self.config = read_json(directory / "config.json")
         self.table = table_for(self.config)
-        self._files = _open_files(directory)
+        self._stored = _open_files(directory)
         self._check()
 
     def names(self) -> list[str]:
@@ -36,8 +34,10 @@ class HuggingFaceWeights:
         return list(self.table.hf_shapes())
 
     def get(self, name: str) -> Tensor:
-        """One tensor, in the file's dtype, on the CPU."""
-        return self._files[name].get_tensor(name)
+        """One tensor, in the file's dtype, on the CPU. Raises UserError for another dtype than dtypes() knows."""
+        if self._stored[name].dtype not in DTYPES:
+            self.dtypes()
+        return self._stored[name].read()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes as they stand in the files, which are the config's."""
@@ -45,21 +45,31 @@ class HuggingFaceWeights:
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Dtypes as they stand in the files. Raises UserError for one that is not bfloat16, float16 or float32."""
-        found = {name: self._files[name].get_slice(name).get_dtype() for name in self.names()}
+        found = {name: self._stored[name].dtype for name in self.names()}
         for name, dtype in found.items():
             if dtype not in DTYPES:
                 raise UserError(f"{name} in {self.directory} is stored as {dtype}", "choose a model in bfloat16, float16 or float32")
         return {name: DTYPES[dtype] for name, dtype in found.items()}
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._stored[name].shape
+
+    def check_index(self) -> None:
+        """Raise UserError for an index whose total_size is not the size of the tensors it names: the sign of files of several models."""
+        if (self.directory / SINGLE).is_file():
+            return
+        told = (read_json(self.directory / INDEX).get("metadata") or {}).get("total_size")
+        held = sum(stored.nbytes for stored in self._stored.values())
+        if told is not None and told != held:
+            raise UserError(f"{self.directory / INDEX} says total_size {told}, and the tensors it names have {held} bytes",
+                            "download or copy the model again; if the files are right, correct that number")  # fmt: skip
 
     def _check(self) -> None:
         """Raise UserError unless the files hold the config's tensors in the config's shapes."""
         wanted = self.table.hf_shapes()
-        if missing := [name for name in wanted if name not in self._files]:
+        if missing := [name for name in wanted if name not in self._stored]:
             raise UserError(f"{self.directory} lacks {len(missing)} tensors of its model, the first is {missing[0]}", AGAIN)
-        if extra := [name for name in self._files if name not in wanted and not _harmless(name, self.table)]:
+        if extra := [name for name in self._stored if name not in wanted and not _harmless(name, self.table)]:
             raise UserError(
                 f"{self.directory} holds {len(extra)} tensors its config.json has no place for, the first is {extra[0]}", ONE_MODEL
             )
@@ -71,7 +81,7 @@ class HuggingFaceWeights:
     def _check_head(self) -> None:
         """Raise UserError where a tied model's files hold a head of its own, which would be lost."""
         (embedding,), (head,) = EMBEDDING.huggingface, HEAD.huggingface
-        if self.table.tied and head in self._files and not torch.equal(self.get(head), self.get(embedding)):
+        if self.table.tied and head in self._stored and not torch.equal(self.get(head), self.get(embedding)):
             raise UserError(f"{head} in {self.directory} is not {embedding}, though config.json sets tie_word_embeddings", ONE_MODEL)
 
 
@@ -88,11 +98,10 @@ def load_huggingface(directory: str | Path) -> HuggingFaceWeights:
     return HuggingFaceWeights(directory)
 
 
-def _open_files(directory: Path) -> dict:
-    """Tensor name -> the open safetensors file that holds it."""
+def _open_files(directory: Path) -> dict[str, Stored]:
+    """Every tensor by its name."""
     if (directory / SINGLE).is_file():
-        file = _open(directory / SINGLE)
-        return dict.fromkeys(file.keys(), file)
+        return read_header(directory / SINGLE)
     if not (directory / INDEX).is_file():
         raise UserError(f"no safetensors in {directory} (neither {SINGLE} nor {INDEX})", "save the model as safetensors")
     weight_map = read_json(directory / INDEX).get("weight_map")
@@ -100,22 +109,14 @@ def _open_files(directory: Path) -> dict:
         raise UserError(f"{directory / INDEX} has no weight_map", AGAIN)
     if strange := [name for name, file in weight_map.items() if not isinstance(file, str)]:
         raise UserError(f"{directory / INDEX} names no file for {strange[0]}", AGAIN)
-    shards = {file: _open(directory / file) for file in sorted(set(weight_map.values()))}
-    held = {file: set(shard.keys()) for file, shard in shards.items()}
+    files = sorted(set(weight_map.values()))
+    if gone := [file for file in files if not (directory / file).is_file()]:
+        raise UserError(f"{directory / gone[0]} is missing, though the index names it", AGAIN)
+    held = {file: read_header(directory / file) for file in files}
     for name, file in weight_map.items():
         if name not in held[file]:
             raise UserError(f"{directory / INDEX} says {name} is in {file}, which does not hold it", AGAIN)
-    return {name: shards[file] for name, file in weight_map.items()}
-
-
-def _open(file: Path):
-    """Map a safetensors file. Raises UserError where it is missing, or damaged (the header tells the length)."""
-    if not file.is_file():
-        raise UserError(f"{file} is missing, though the index names it", AGAIN)
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged or incomplete ({error})", AGAIN) from None
+    return {name: held[file][name] for name, file in weight_map.items()}
 
 
 def read_json(file: Path) -> dict:

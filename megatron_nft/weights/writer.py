@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from megatron_nft.errors import UserError
 from megatron_nft.weights.huggingface import INDEX, SINGLE, read_json
+from megatron_nft.weights.resume import Unfinished, check_vacant, fingerprint, partial_of, resumable
+from megatron_nft.weights.safetensors_files import Kind, write_file
 
 # config, tokenizer and chat template, copied from the template to a written directory; config.json is always there
 COMPANIONS = (
@@ -25,13 +27,14 @@ COMPANIONS = (
     "chat_template*",
     "additional_chat_templates",
 )
+MAX_SHARD = 5e9  # bytes of tensors in a file
 
 
 def save_huggingface(
     directory: str | Path,
     tensors: Iterator[tuple[str, Tensor]],
     template_dir: str | Path,
-    max_shard_bytes: float = 5e9,
+    max_shard_bytes: float = MAX_SHARD,
     replace: bool = False,
 ) -> None:
     """Write tensors as a Hugging Face directory, with config, tokenizer and chat template copied from template_dir. The dtype that
@@ -51,16 +54,10 @@ def save_huggingface(
         _name_dtype(partial / "config.json", _write_shards(partial, tensors, max_shard_bytes))
 
 
-def check_vacant(directory: Path) -> None:
-    """Raise UserError unless nothing, or an empty directory, is there."""
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise UserError(f"{directory} exists already", "choose a new directory, or remove it")
-
-
 @contextmanager
 def whole_or_nothing(directory: Path) -> Iterator[Path]:
     """A new directory beside `directory` to write into; it takes that place at the end of the block, and is removed if the block fails."""
-    partial = directory.with_name(f".{directory.name}.partial")
+    partial = partial_of(directory)
     shutil.rmtree(partial, ignore_errors=True)  # a killed run's
     partial.mkdir(parents=True)
     try:
@@ -70,6 +67,70 @@ def whole_or_nothing(directory: Path) -> Iterator[Path]:
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def convert_to_huggingface(
+    directory: Path,
+    kinds: dict[str, Kind],
+    get: Callable[[str], Tensor],
+    template: Path,
+    source: Path,
+    progress: Callable[[int], None],
+    max_shard_bytes: float = MAX_SHARD,
+) -> None:
+    """Write a Hugging Face directory as save_huggingface does, but of tensors that are known beforehand, and resumably (see resume.py).
+
+    get is asked for each tensor once, in order. Memory: one tensor. source: the directory they come from. progress is told bytes.
+    """
+    directory, template = directory.resolve(), template.resolve()
+    shards = _plan(kinds, max_shard_bytes)
+    made_of = {"to": "huggingface", "files": fingerprint({template, source}), "max_shard_bytes": max_shard_bytes}
+    total = sum(kind.nbytes for kind in kinds.values())
+    with resumable(directory, made_of, total) as unfinished:
+        for file, names in shards.items():
+            mine = {name: kinds[name] for name in names}
+            _write_shard(unfinished, file, mine, get, progress)
+        copy_companions(template, unfinished.directory)
+        _write_index(unfinished.directory, {name: file for file, names in shards.items() for name in names}, total)
+        _name_dtype(unfinished.directory / "config.json", {kind.dtype for kind in kinds.values()})
+
+
+def _plan(kinds: dict[str, Kind], max_shard_bytes: float) -> dict[str, list[str]]:
+    """Names of the tensors by the file they go to, in order."""
+    shards, filled = [[]], 0
+    for name, kind in kinds.items():
+        if shards[-1] and filled + kind.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += kind.nbytes
+    return dict(zip(_file_names(len(shards)), shards))
+
+
+def _write_shard(
+    unfinished: Unfinished, file: str, kinds: dict[str, Kind], get: Callable[[str], Tensor], progress: Callable[[int], None]
+) -> None:
+    if unfinished.finished(file) is not None:
+        progress(sum(kind.nbytes for kind in kinds.values()))
+        return
+
+    def told(name: str) -> Tensor:
+        progress(kinds[name].nbytes)
+        return get(name)
+
+    write_file(unfinished.directory / file, kinds, told)
+    unfinished.finish(file)
+
+
+def _write_index(directory: Path, weight_map: dict[str, str], total_bytes: int) -> None:
+    """None for a single file."""
+    if SINGLE not in weight_map.values():
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _file_names(count: int) -> list[str]:
+    return [SINGLE] if count == 1 else [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
 
 
 def _write_shards(directory: Path, tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: float) -> set[torch.dtype]:
@@ -101,15 +162,10 @@ def _write_shards(directory: Path, tensors: Iterator[tuple[str, Tensor]], max_sh
 
 def _name_shards(directory: Path, shards: list[list[str]], total_bytes: int) -> None:
     """Give the shards their final names, which carry the number of shards, and write the index."""
-    if len(shards) == 1:
-        (directory / "shard-0").rename(directory / SINGLE)
-        return
-    files = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
-    for number, file in enumerate(files):
+    for number, file in enumerate(_file_names(len(shards))):
         (directory / f"shard-{number}").rename(directory / file)
-    weight_map = {name: file for file, names in zip(files, shards) for name in names}
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    weight_map = {name: file for file, names in zip(_file_names(len(shards)), shards) for name in names}
+    _write_index(directory, weight_map, total_bytes)
 
 
 def copy_companions(template: Path, directory: Path) -> None:

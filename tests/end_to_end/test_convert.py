@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_nft import cli, convert
+from megatron_nft import cli, verify
 from megatron_nft.errors import UserError
 from megatron_nft.weights import load_huggingface
 from tests.support import ROOT, VOCAB, run_ranks, tiny_model
@@ -50,7 +51,7 @@ def converted(request, tmp_path_factory) -> tuple[Path, Path]:
     source = with_tokenizer(tiny_model(directory / "source", family, tied == "tied", torch.bfloat16))
     said = convert_command("hf-to-megatron", source, directory / "megatron")
     tensors = len(load_huggingface(source).names())
-    assert f"read {source}: {tensors} tensors" in said and f"wrote {directory / 'megatron'}: {tensors} tensors" in said
+    assert f"wrote {directory / 'megatron'}: {tensors} tensors, " in said and " GB/s" in said
     return source, directory / "megatron"
 
 
@@ -127,23 +128,26 @@ def test_verify_keeps_every_dtype(tmp_path):
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     done = run("tools/convert/verify.py", source)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"{len(tensors)} tensors, bit-identical"
+    said = done.stdout.splitlines()
+    assert f"{len(tensors)} tensors, bit-identical; names, shapes and dtypes as the index says" in said
+    assert re.search(r"differ by at most \d\.\de-0[5-9] \(tolerance 1e-04, float32", said[-2]), said
+    assert said[-1] == "greedy text of 32 tokens is the same after 4 of 4 prompts"
 
 
 def test_differences_name_what_is_not_the_same(tmp_path):
     before, after = (tiny_model(tmp_path / name, "llama", tie=True, dtype=torch.bfloat16) for name in ("before", "after"))
-    assert convert.differences(load_huggingface(before), load_huggingface(after)) == []
+    assert verify.differences(load_huggingface(before), load_huggingface(after)) == []
     tensors = load_file(after / "model.safetensors")
     tensors[NORM][3] = -tensors[NORM][3]
     tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
     tensors["model.embed_tokens.weight"][0, :2] = torch.tensor([0.0, float("nan")])
     save_file(tensors, after / "model.safetensors", metadata={"format": "pt"})
-    assert sorted(convert.differences(load_huggingface(before), load_huggingface(after))) == [
+    assert sorted(verify.differences(load_huggingface(before), load_huggingface(after))) == [
         "model.embed_tokens.weight differs in 2 of 3232 numbers",
         f"{NORM} differs in 1 of 32 numbers",
         "model.norm.weight was bfloat16 [32], is float32 [32]",
     ]
-    assert convert.differences(load_huggingface(after), load_huggingface(after)) == [], "a NaN is equal to itself"
+    assert verify.differences(load_huggingface(after), load_huggingface(after)) == [], "a NaN is equal to itself"
 
 
 def test_scripts_exit_with_2_and_one_line(tmp_path):
@@ -168,6 +172,8 @@ def test_what_is_no_source(converted, tmp_path, capsys):
     assert "no model directory at" in refused(capsys, "hf-to-megatron", tmp_path / "absent", tmp_path / "out")
     assert "no model directory at" in refused(capsys, "verify", tmp_path / "absent")
     assert "no safetensors in" in refused(capsys, "hf-to-megatron", checkpoint, tmp_path / "out")
+    assert "is no distributed checkpoint" in refused(capsys, "megatron-to-hf", source, tmp_path / "out", "--hf-config", source)
+    assert "no config.json in" in refused(capsys, "megatron-to-hf", checkpoint, tmp_path / "out", "--hf-config", tmp_path)
     assert "is no directory" in refused(capsys, "megatron-to-hf", tmp_path / "absent", tmp_path / "out")
     assert "manifest.json is missing" in refused(capsys, "megatron-to-hf", source, tmp_path / "out")
     assert not any(tmp_path.iterdir())
@@ -211,6 +217,20 @@ def test_more_than_one_rank(converted, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "2 ranks" in refused(capsys, "hf-to-megatron", converted[0], tmp_path / "out")
     assert "2 ranks" in refused(capsys, "megatron-to-hf", converted[1], tmp_path / "out")
+
+
+def test_a_checkpoint_is_a_model_to_start_from(converted):
+    """model.path may name it: the checks before a run pass, and the policy has its weights."""
+    from megatron_nft import policy
+    from megatron_nft.convert import one_process, settings_of
+
+    source, checkpoint = converted
+    with one_process() as place:
+        settings = settings_of(checkpoint, torch.bfloat16)
+        policy.check(settings, window=8)
+        weights = dict(policy.Policy(settings, place, trainable=False).weights())
+    expected = load_file(source / "model.safetensors")
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
 if __name__ == "__main__":
