@@ -77,6 +77,7 @@ def test_goes_on_where_it_was_cut_off(pair, tmp_path, monkeypatch, small_files, 
     assert cli.main(["convert", kind, source, str(tmp_path / "out")]) == 0
     assert after and not set(before) & set(after)
     assert files(tmp_path / "out") == files(tmp_path / "straight")
+    assert not (tmp_path / "out" / resume.JOURNAL).exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "straight"]
 
 
