@@ -117,9 +117,14 @@ def resumable(directory: Path, source: dict, nbytes: int) -> Iterator[Unfinished
             shutil.rmtree(unfinished.directory, ignore_errors=True)
         if full:
             raise _no_room(directory, reason, kept) from error
-        if reason is not None and reason.errno in NOT_WRITABLE and str(unfinished.directory) in str(reason.filename):
+        if reason is not None and reason.errno in NOT_WRITABLE and _on_the_way(Path(reason.filename or ""), unfinished.directory):
             raise UserError(f"{directory} cannot be written ({reason.strerror})", "choose a directory that can") from error
         raise
+
+
+def _on_the_way(path: Path, directory: Path) -> bool:
+    """Whether a path is the directory, above it or in it."""
+    return path == directory or path in directory.parents or directory in path.parents
 
 
 def _no_room(directory: Path, reason: OSError, kept: list[str]) -> UserError:

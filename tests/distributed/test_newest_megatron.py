@@ -18,6 +18,7 @@ FOLDER = ROOT / "build" / f"megatron-core-{NEWEST}"
 TESTS = {
     "unit": ["tests/unit/policy"],
     "layouts": ["tests/distributed/test_layouts.py", "tests/distributed/test_fp16.py", "-k", "2ranks or overflow"],
+    "conversion": ["tests/end_to_end/test_convert_layouts.py"],
     "trajectory": ["tests/end_to_end/test_trajectory.py"],
 }
 

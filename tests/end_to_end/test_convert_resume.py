@@ -77,6 +77,7 @@ def test_goes_on_where_it_was_cut_off(pair, tmp_path, monkeypatch, small_files, 
     assert cli.main(["convert", kind, source, str(tmp_path / "out")]) == 0
     assert after and not set(before) & set(after)
     assert files(tmp_path / "out") == files(tmp_path / "straight")
+    assert not (tmp_path / "out" / resume.JOURNAL).exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "straight"]
 
 
@@ -173,7 +174,8 @@ def test_too_little_room_is_seen_beforehand(pair, tmp_path, capsys, monkeypatch,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_place_that_cannot_be_written(pair, capsys, kind):
-    assert "/proc/model cannot be written" in refused(capsys, kind, pair[kind], "/proc/model")
+    for place in ("/proc/model", "/proc/models/of/mine"):
+        assert f"{place} cannot be written" in refused(capsys, kind, pair[kind], place)
 
 
 def test_a_source_that_breaks_on_the_way_leaves_nothing(pair, tmp_path, capsys, monkeypatch, small_files):
@@ -231,6 +233,13 @@ def test_verify_without_logits(pair, capsys, monkeypatch):
         monkeypatch.setattr(verify, "_available", lambda: 1e9)
         assert cli.main(["convert", "verify", str(pair["hf-to-megatron"]), *arguments]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == f"log-probs and greedy text were not compared: {reason}"
+
+
+def test_progress_is_told_in_megabytes(capsys):
+    with convert.Progress(5_000_000, "converting it") as progress:
+        for _ in range(10):
+            progress(500_000)
+    assert capsys.readouterr().out.startswith("converting it: 5 MB in ")
 
 
 def test_safetensors_are_what_the_library_writes(tmp_path):
