@@ -57,6 +57,11 @@ def adapted() -> AbstractContextManager:
     return _CudaMeansCpu() if _mode is not None else nullcontext()
 
 
+def plain() -> AbstractContextManager:
+    """No redirection, where none is needed: it costs a call of Python for every operation and attribute of a tensor."""
+    return torch._C.DisableTorchFunction() if _mode is not None else nullcontext()
+
+
 class _Stream:
     """Stands in for a CUDA stream where everything is in order anyway."""
 

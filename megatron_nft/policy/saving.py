@@ -64,7 +64,7 @@ class Saver:
         if self._thread is not None:
             raise RuntimeError("a save is under way: finish it first")
         started = time.perf_counter()
-        with _cheap_collections():
+        with _cheap_collections(), cpu.plain():
             # how the ranks share the tensors does not change: Megatron compares it between all of them once
             sharded, common = versions.split_state(make_state(), validate=not self._validated)
             self._validated = True
