@@ -16,7 +16,6 @@ def test_the_plan_counts_every_byte_of_the_model():
     """Qwen2.5-32B has 32,763,876,352 parameters; all of its tensors are multiples of 16 bytes."""
     found = weights_plan.estimate(weights_plan.QWEN_32B, tp=8, pp=2, bucket_bytes=2**28)
     assert found["bytes of the model"] == 2 * 32_763_876_352
-    assert found["buckets"] >= found["bytes of the model"] / 2**28
 
 
 def test_stages_that_one_gpu_does_not_need():
