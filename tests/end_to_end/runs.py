@@ -77,7 +77,7 @@ def rows(run_dir: Path) -> list[dict]:
 
 
 def without_times(row: dict) -> dict:
-    return {key: value for key, value in row.items() if key != "timestamp" and not key.startswith(("time/", "memory/"))}
+    return {key: value for key, value in row.items() if key != "timestamp" and not key.startswith(("time/", "memory/", "checkpoint/"))}
 
 
 def saved_step(run_dir: Path) -> int:
