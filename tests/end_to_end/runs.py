@@ -27,6 +27,9 @@ SETTINGS = [
     "logging.wandb=offline",
 ]
 
+SMALL = [*SETTINGS, "train.steps=5", "rollout.prompts_per_step=8", "rollout.prompts_per_draw=16", "train.prompts_per_update=4",
+         "evaluation.interval=2", "evaluation.sets.0.limit=16", "rollout.cpu_kvcache_space=1", "logging.wandb=disabled"]  # fmt: skip
+
 
 def start(command: str, run_dir: Path, *overrides: str, log: Path, at: dict | None = None, ranks: int = 1,
           config: Path = DEMO / "nft.yaml") -> subprocess.Popen:  # fmt: skip
