@@ -51,8 +51,8 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         _current.remove(self)
         signal.set_wakeup_fd(self._fd_before)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for number, handler in self._before.items():  # a process that ends on request is not to die of a further one on its last steps
+            signal.signal(number, signal.SIG_IGN if self.requested else handler)
         self._wake(_END)
         self._thread.join()
         for end in self._pipe:

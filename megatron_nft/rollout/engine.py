@@ -6,6 +6,7 @@ Ranks 0 .. tp - 1 are engine 0, the next tp ranks engine 1, and so on. The engin
 """
 
 import gc
+import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
@@ -24,6 +25,7 @@ from megatron_nft.rollout.settings import (
     cpu_arguments,
     generators_kept,
     gpu_arguments,
+    name_shared_memory,
     repack_experts,
     repack_head,
     rounds_head,
@@ -81,6 +83,10 @@ class Engine:
         set_environment(rollout)
         from vllm import LLM
 
+        if tp > 1 and not self._on_gpu:
+            token = [uuid.uuid4().hex]
+            dist.broadcast_object_list(token, group=self._group)
+            name_shared_memory(token[0])
         with generators_kept():
             self._llm = LLM(
                 model=model_path,

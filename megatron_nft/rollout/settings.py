@@ -76,6 +76,19 @@ def generators_kept() -> Iterator[None]:
             torch.cuda.set_rng_state(cuda)
 
 
+def name_shared_memory(token: str) -> None:
+    """Let vLLM's tensor-parallel ranks on the CPU name their shared memory by `token`, the same on every rank and new at each start.
+
+    Under the external launcher the name holds nothing but ranks, so that what a killed run left there (or another run on the machine) ends
+    the next start with "create shm ... failed. errno: 17".
+    """
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    shared = cpu_communicator._CPUSHMDistributed
+    named = shared.make_group_name
+    shared.make_group_name = staticmethod(lambda communicator: f"{named(communicator)}-{token}")
+
+
 def tame(engine: Any) -> None:
     """Take from a started vLLM engine what does not fit a process that is not its own."""
     # When its engine core is collected, 0.32 ends torch.distributed, which belongs to the caller (0.26 has no such finalizer).

@@ -27,6 +27,9 @@ SETTINGS = [
     "logging.wandb=offline",
 ]
 
+SMALL = [*SETTINGS, "train.steps=5", "rollout.prompts_per_step=8", "rollout.prompts_per_draw=16", "train.prompts_per_update=4",
+         "evaluation.interval=2", "evaluation.sets.0.limit=16", "rollout.cpu_kvcache_space=1", "logging.wandb=disabled"]  # fmt: skip
+
 
 def start(command: str, run_dir: Path, *overrides: str, log: Path, at: dict | None = None, ranks: int = 1,
           config: Path = DEMO / "nft.yaml") -> subprocess.Popen:  # fmt: skip
@@ -77,7 +80,7 @@ def rows(run_dir: Path) -> list[dict]:
 
 
 def without_times(row: dict) -> dict:
-    return {key: value for key, value in row.items() if key != "timestamp" and not key.startswith(("time/", "memory/"))}
+    return {key: value for key, value in row.items() if key != "timestamp" and not key.startswith(("time/", "memory/", "checkpoint/"))}
 
 
 def saved_step(run_dir: Path) -> int:

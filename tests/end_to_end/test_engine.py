@@ -113,15 +113,17 @@ def test_sampled_logprobs_are_those_of_rescoring(engine):
 
 def test_given_up_answers_leave_a_clean_engine(engine, monkeypatch):
     """What is asked next is answered as if nothing had been."""
-    expected = engine.generate(requests())
+    others = requests(temperature=0.6)
+    expected = engine.generate(others)
     answers = iter([False, False, True])  # asked every eight scheduler steps
     monkeypatch.setattr(engine, "_asked_to_stop", lambda: next(answers))
     done = []
     with pytest.raises(Stopped):
         engine.generate(requests(), lambda index, _: done.append(index))
     assert len(done) < len(expected)
+    assert not engine._engine.has_unfinished_requests()
     monkeypatch.setattr(engine, "_asked_to_stop", None)
-    assert engine.generate(requests()) == expected
+    assert engine.generate(others) == expected
 
 
 def test_the_generators_of_the_process_are_left_alone(engine):

@@ -11,19 +11,18 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end import runs
-from tests.end_to_end.runs import SETTINGS, run
+from tests.end_to_end.runs import SMALL, run
 
 LONG = os.environ.get("MEGATRON_NFT_LONG") == "1"
 PHASES = ("generate", "train", "sync", "checkpoint", "written")  # written: the stage is over, the files may not be
+DEFAULT = ("generate", "train", "sync", "written")  # what starts a save is short
 WRITING = 0.3  # seconds after the end of a checkpoint stage, at most
-TP2_DP2 = ["parallel.tensor_model_parallel_size=2", "rollout.prompts_per_step=16", "train.prompts_per_update=8", "train.steps=5",
-           "rollout.cpu_kvcache_space=1"]  # fmt: skip
 
 
 def moments(count: int, seed: int) -> list[tuple[str, float, int]]:
     """(phase, where in it from 0 to 1, steps further than the checkpoint): every phase about as often."""
-    draw = random.Random(seed)
-    phases = [phase for _ in range(-(-count // len(PHASES))) for phase in draw.sample(PHASES, len(PHASES))]
+    draw, among = random.Random(seed), PHASES if LONG else DEFAULT
+    phases = [phase for _ in range(-(-count // len(among))) for phase in draw.sample(among, len(among))]
     return [(phase, draw.random(), draw.randint(1, 2)) for phase in phases[:count]]
 
 
@@ -59,14 +58,14 @@ def finish(run_dir: Path, straight: Path, settings: list[str], last: int, ranks:
     runs.assert_same_run(run_dir, straight, last)
 
 
-def test_killed_in_every_phase(finished, tmp_path):
-    killed_often(tmp_path / "run", finished[0], [*SETTINGS, "checkpoint.interval=1"], 10 if LONG else len(PHASES))
+def test_killed_in_every_phase(small, tmp_path):
+    killed_often(tmp_path / "run", small, [*SMALL, "checkpoint.interval=1"], 10 if LONG else len(DEFAULT))
 
 
 @pytest.mark.skipif(not LONG, reason="takes a quarter of an hour: make test-long")
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("engine", ["rollout.tensor_parallel_size=1", "rollout.tensor_parallel_size=2"])
 def test_killed_in_every_phase_on_four_ranks(engine, tmp_path):
-    settings = [*SETTINGS, *TP2_DP2, engine, "checkpoint.interval=1"]
+    settings = [*SMALL, "parallel.tensor_model_parallel_size=2", engine, "checkpoint.interval=1"]
     run("train", tmp_path / "straight", *settings, log=tmp_path / "log", ranks=4)
     killed_often(tmp_path / "killed", tmp_path / "straight", settings, 5, ranks=4)

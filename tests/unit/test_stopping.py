@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from megatron_nft.stopping import StopRequest
+from megatron_nft.stopping import SIGNALS, StopRequest
 from tests.support import ROOT
 
 HEAD = "import os, signal, sys, time\nfrom megatron_nft.stopping import StopRequest, leave_to_parent\n"
@@ -22,14 +22,23 @@ def script(body: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_noted_and_nothing_else(number):
-    before = signal.getsignal(number)
     with StopRequest(grace_time=1000) as stop:
         stop.begin()
         assert not stop.agreed()
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
         assert stop.agreed() and stop.agreed()
-    assert signal.getsignal(number) is before and signal.set_wakeup_fd(-1) == -1
+    assert signal.set_wakeup_fd(-1) == -1
+    os.kill(os.getpid(), number)  # one that comes while the process ends
+    for n in SIGNALS:
+        assert signal.signal(n, signal.SIG_DFL) is signal.SIG_IGN
+
+
+def test_the_handlers_of_before_come_back():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with StopRequest(grace_time=1000):
+        pass
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_without_the_signals_nobody_asks():
