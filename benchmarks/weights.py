@@ -74,14 +74,15 @@ def settings_of(folder: Path, bucket: int, tp: int = 1) -> Config:
     return settings
 
 
-def seconds(way: Callable[[], object], repeats: int) -> float:
-    """Median, after one run that is not counted."""
-    taken = []
+def seconds(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median of each way, after one run that is not counted. The ways take turns, so that other work on the machine slows all of them."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats + 1):
-        started = time.perf_counter()
-        way()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken[1:])
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            taken[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times[1:]) for name, times in taken.items()}
 
 
 def exhaust(model: policy.Policy) -> None:
@@ -116,17 +117,6 @@ def stages_timed():
         yield found
 
 
-def plain_copy(tensors: list[torch.Tensor], repeats: int) -> float:
-    """Seconds of copying tensors to others that are there and have been written to before."""
-    targets = [torch.zeros_like(tensor) for tensor in tensors]
-
-    def copy() -> None:
-        for target, tensor in zip(targets, tensors):
-            target.copy_(tensor)
-
-    return seconds(copy, repeats)
-
-
 def stages_of(model: policy.Policy, repeats: int) -> dict[str, float]:
     """Mean seconds of each stage of a stream."""
     exhaust(model)
@@ -143,13 +133,21 @@ def measure(name: str, folder: Path, bucket: int, repeats: int) -> dict:
     model = policy.Policy(settings, topology, trainable=False)
     engine = rollout.Engine(settings.model.path, settings.rollout, 128, "bf16", settings.seed)
     tensors = [(key, tensor.clone()) for key, tensor in model.weights()]
-    found = {"model": name, "tensors": len(tensors), "bytes": sum(tensor.nbytes for _, tensor in tensors)}
-    found["plain copy"] = plain_copy([tensor for _, tensor in tensors], repeats)
-    found["stream"] = seconds(lambda: exhaust(model), repeats)
-    found["stages"] = stages_of(model, repeats)
+    targets = [torch.zeros_like(tensor) for _, tensor in tensors]
     from_memory = SimpleNamespace(tensors=lambda: iter(tensors))
-    found["reload"] = seconds(lambda: engine.sync(iter([from_memory]), 1), repeats)
-    found["whole"] = seconds(lambda: engine.sync(model.hand_over(), 2), repeats)
+
+    def copy() -> None:
+        for target, (_, tensor) in zip(targets, tensors):
+            target.copy_(tensor)
+
+    ways = {
+        "plain copy": copy,
+        "stream": lambda: exhaust(model),
+        "reload": lambda: engine.sync(iter([from_memory]), 1),
+        "whole": lambda: engine.sync(model.hand_over(), 2),
+    }
+    found = {"model": name, "tensors": len(tensors), "bytes": sum(tensor.nbytes for _, tensor in tensors)}
+    found |= seconds(ways, repeats) | {"stages": stages_of(model, repeats)}
     engine.close()
     policy.shutdown()
     return found
@@ -160,7 +158,7 @@ def measure_ranks(folder: Path, bucket: int, repeats: int) -> dict | None:
     settings = settings_of(folder, bucket, tp=policy.world_size())
     topology = policy.initialize(settings.parallel, settings.seed)
     model = policy.Policy(settings, topology, trainable=False)
-    found = {"stream": seconds(lambda: exhaust(model), repeats), "stages": stages_of(model, repeats)}
+    found = seconds({"stream": lambda: exhaust(model)}, repeats) | {"stages": stages_of(model, repeats)}
     policy.shutdown()
     return found if topology.is_first else None
 
