@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from megatron_nft import batching, objectives, policy
+from megatron_nft.checksums import Checksum, bit_sum, differing
 from megatron_nft.config import load
 from megatron_nft.packing import Packing
 from megatron_nft.policy import optimizer, versions
@@ -74,6 +75,9 @@ def train(config, topology, groups, old: bool, length_multiple: int | None, save
         gradients.append(tensors(model.gathered(lambda parameter: parameter.main_grad)))
 
     model.module.config.finalize_model_grads_func = reduce_and_keep
+    sums = {frozenset([name]): Checksum(int(bit_sum(tensor)), str(tensor.dtype)) for name, tensor in before.items()}
+    found_sums = policy.checksums(model)
+    assert frozenset().union(*found_sums) == before.keys() and differing(sums, found_sums) == [], "checksums of shards"
     settings = config.objective
     own = groups[topology.rank :: topology.world_size]  # as if its engine had sampled them
     plan, mini_batches = micro_batches_of(model, own, length_multiple=length_multiple)
@@ -82,7 +86,9 @@ def train(config, topology, groups, old: bool, length_multiple: int | None, save
     found["logprobs"] = {}
     for part in everyones([pair for batch in batches for pair in old_logprobs(batch)] if topology.speaks else []):
         found["logprobs"] |= part
-    if not old:
+    if old:
+        found["whole"] = policy.token_logprobs(model, [[*g.prompt.token_ids, *r.token_ids] for g in groups for r in g.responses])
+    else:
         model.copy_old_logprobs(batches)
     objective = partial(loss, settings=settings)
     found["updates"] = []

@@ -244,10 +244,11 @@ def by_transformers(launches):
 
 @pytest.mark.parametrize("name", [*REFERENCES, *CASES])
 def test_logprobs_equal_transformers(name, launches, by_transformers):
-    """Float32, to 2e-5: sums in another order. Of every answer, whichever rank had it."""
+    """Float32, to 2e-5: sums in another order. Of every answer, whichever rank had it; and of whole sequences, on the first rank."""
     case = ALL[name]
-    found = launches(name, "float32")["logprobs"]
+    found, whole = (launches(name, "float32")[key] for key in ("logprobs", "whole"))
     expected = by_transformers(case.model, tuple(case.worker.get("groups", {}).items()))
     assert found.keys() == expected.keys()
     for number, values in expected.items():
         torch.testing.assert_close(found[number], values, rtol=0, atol=2e-5)
+        torch.testing.assert_close(torch.tensor(whole[number][-len(values) :]), values, rtol=0, atol=2e-5)
