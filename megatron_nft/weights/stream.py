@@ -149,6 +149,7 @@ def _everyones(local: list[Shard], pp_group: Group) -> list[list[Shard]]:
     return stages
 
 
+@torch.no_grad()
 def _filled(
     load: Load,
     mine: dict[str, Tensor],
