@@ -116,7 +116,8 @@ class Run:
         self.saves = saves.Saves(self.policy, config, self.log, self.topology.is_first)
         self.policy.offload()  # the engine measures the memory that is free
         precision = policy.precision_of(config.model.precision)
-        self.engine = rollout.Engine(config.model.path, config.rollout, max_model_len(config), precision, config.seed, stop.agreed)
+        window, asked = max_model_len(config), stop.agreed
+        self.engine = rollout.Engine(config.model.path, config.rollout, window, precision, config.seed, asked, weights_follow=True)
         self._open.callback(self.engine.close)
         if self.engine.rounds_head:
             self.log.note("this vLLM rounds its logits to 16 bits (it has no head_dtype), the trainer does not: watch logprob_difference")

@@ -100,6 +100,14 @@ def read_manifest(directory: Path, checksums: bool = True) -> dict:
     return manifest
 
 
+def check_weights(directory: Path) -> None:
+    """Raise UserError for a checkpoint that a model cannot start from: not complete, or with a file of another size; of the small files
+    (config, index) also with other contents. Reading the tensors checks those that are read."""
+    small = {name: mark for name, mark in read_manifest(directory, checksums=False)["files"].items() if not name.endswith(".distcp")}
+    if found := damage(directory, small):
+        raise UserError(found, "use another one, or convert it again")
+
+
 def damage(directory: Path, files: dict[str, Fingerprint], checksums: bool = True) -> str | None:
     """What is wrong with the first file that is not as its fingerprint says; None where all are."""
     for name, (size, checksum) in files.items():

@@ -1,15 +1,17 @@
 """A Megatron-Core GPTModel from a Hugging Face config.json."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
 from megatron_nft.config import Config, ParallelConfig
 from megatron_nft.errors import UserError
-from megatron_nft.policy import settings, topology, versions
+from megatron_nft.policy import manifest, settings, topology, versions
 from megatron_nft.policy.layers import PackedAttention, RMSNorm
 from megatron_nft.policy.sizes import check_layout
 from megatron_nft.policy.varlen import VarlenAttention
-from megatron_nft.weights import load_weights, padded_vocab_size, table_for
+from megatron_nft.weights import check_tokenizer, is_checkpoint, load_weights, padded_vocab_size, table_for
 
 
 def check(config: Config, window: int) -> None:
@@ -17,7 +19,10 @@ def check(config: Config, window: int) -> None:
 
     Nothing is allocated. window: tokens of the longest prompt with its answer.
     """
+    if is_checkpoint(config.model.path):
+        manifest.check_weights(Path(config.model.path))
     hf = load_weights(config.model.path).config
+    check_tokenizer(Path(config.model.path), hf["vocab_size"])
     for key in ("rms_norm_eps", "max_position_embeddings"):
         if hf.get(key) is None:
             raise UserError(f"config.json in {config.model.path} has no {key}", "take the model's complete config.json")

@@ -35,7 +35,7 @@ from megatron_nft.rollout.settings import (
 )
 from megatron_nft.stopping import Stopped
 from megatron_nft.trajectories import Response
-from megatron_nft.weights import Bucket, is_checkpoint, load_weights
+from megatron_nft.weights import Bucket, is_checkpoint, load_weights, read_buckets
 
 ASK_EVERY = 8  # scheduler steps: a fraction of a second, against a reduction over all ranks
 
@@ -65,8 +65,10 @@ class Engine:
         precision: str,
         seed: int,
         asked_to_stop: Callable[[], bool] | None = None,
+        weights_follow: bool = False,
     ):
-        """Start the engine with the weights of the Hugging Face directory `model_path`; of a checkpoint without any, until sync().
+        """Start the engine with the weights of `model_path`, a Hugging Face directory or a checkpoint; weights_follow: sync() is called
+        before anything else, so that those of a checkpoint need not be read.
 
         max_model_len is in tokens, prompt and answer together; precision is "fp32", "bf16" or "fp16"; the seed is the same on every rank.
         asked_to_stop gives all ranks the same answer, and is called by all of them equally often; where it is true, running answers are
@@ -100,7 +102,7 @@ class Engine:
                 max_num_seqs=rollout.max_num_seqs,
                 logprobs_mode="processed_logprobs",  # of what was sampled: after temperature and top_p
                 use_tqdm_on_load=False,
-                load_format="dummy" if is_checkpoint(model_path) else "auto",  # a checkpoint's weights come with the first sync
+                load_format="dummy" if is_checkpoint(model_path) else "auto",  # vLLM cannot read a checkpoint
                 **(gpu_arguments(rollout) if self._on_gpu else cpu_arguments(rollout, max_model_len)),
             )
         self._engine = self._llm.llm_engine
@@ -109,6 +111,8 @@ class Engine:
         self.names = frozenset(load_weights(model_path).names())
         self._tokenizer = self._llm.get_tokenizer()
         self.rounds_head = any(self._llm.apply_model(rounds_head))
+        if is_checkpoint(model_path) and not weights_follow:
+            self.sync(read_buckets(load_weights(model_path)), version=0)
 
     def generate(self, requests: list[Request], on_finish: Callable[[int, Response], None] | None = None) -> list[Response]:
         """Sample one Response for each request, in the order of the requests.

@@ -9,7 +9,7 @@ from megatron_nft.weights.huggingface import HuggingFaceWeights, load_huggingfac
 from megatron_nft.weights.layouts import padded_vocab_size
 from megatron_nft.weights.resume import Unfinished, check_vacant, fingerprint, resumable
 from megatron_nft.weights.safetensors_files import Kind
-from megatron_nft.weights.source import is_checkpoint, load_weights
+from megatron_nft.weights.source import is_checkpoint, load_weights, read_buckets
 from megatron_nft.weights.stream import stream
 from megatron_nft.weights.table import Entry, Table, expert_number, with_expert
 from megatron_nft.weights.tokenizer import check_tokenizer
@@ -37,6 +37,7 @@ __all__ = [
     "load_huggingface",
     "load_weights",
     "padded_vocab_size",
+    "read_buckets",
     "read_json",
     "resumable",
     "save_huggingface",

@@ -31,15 +31,15 @@ def test_the_sampler_had_the_trainers_weights_at_every_step(finished):
     assert 0 < max(differences) < 1e-5
 
 
-def test_the_export_loads_in_transformers_and_vllm(finished, tmp_path):
+def test_the_export_loads_in_transformers_and_the_checkpoint_is_evaluated(finished, tmp_path):
     exported = finished[0] / "huggingface"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "What is 10*2+10?"}], add_generation_prompt=True, return_tensors="pt")
     answer = tokenizer.decode(model.generate(chat["input_ids"], max_new_tokens=40, do_sample=False)[0])
     assert "\\boxed{" in answer
-    settings = [f"model.path={exported}", "evaluation.sets.0.limit=64", "evaluation.k=1"]
+    settings = [f"model.path={finished[0] / 'checkpoints' / 'step_8'}", "evaluation.sets.0.limit=64", "evaluation.k=1"]
     printed = run("evaluate", tmp_path, *settings, log=tmp_path / "log")
-    result = json.loads((tmp_path / "evaluations" / "huggingface.json").read_text())
+    result = json.loads((tmp_path / "evaluations" / "step_8.json").read_text())
     last = [row for row in rows(finished[0]) if "validation/heldout/greedy" in row][-1]
     assert result["sets"]["heldout"]["greedy"] == last["validation/heldout/greedy"]
     assert "heldout" in printed

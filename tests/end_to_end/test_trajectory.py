@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.end_to_end.test_training import DEMO, rows, run
+from tests.end_to_end.runs import DEMO, rows, run
 
 STEPS, UPDATES, PROMPTS, LR, WEIGHT_DECAY = 5, 4, 10, 2e-6, 0.1
 RANKS = 2
