@@ -23,15 +23,16 @@ def bit_sum(values: Tensor) -> Tensor:
     return values.detach().contiguous().view(integers).sum(dtype=torch.int64)
 
 
-def differing(of_trainer: Checksums, of_sampler: Checksums) -> list[str]:
-    """Names of the tensors whose checksums differ, one line for those that are summed together. Tensors of which one side has no
-    checksum, or which the two hold in different dtypes, are passed over."""
+def differing(of_trainer: Checksums, of_sampler: Checksums) -> tuple[list[str], frozenset[str]]:
+    """Names of the tensors whose checksums differ, one line for those that are summed together; and of all that could be compared: those
+    of which one side has no checksum, or which the two hold in different dtypes, cannot."""
     owner = {name: names for names in of_trainer for name in names}
-    found = []
+    found, compared = [], frozenset()
     for names, held in of_sampler.items():
         parts = {owner.get(name, frozenset()) for name in names}
         if frozenset().union(*parts) != names or {of_trainer[part].dtype for part in parts} != {held.dtype}:
             continue
+        compared |= names
         if (sum(of_trainer[part].total for part in parts) - held.total) % 2**64:
             found.append(" + ".join(sorted(names)))
-    return found
+    return found, compared

@@ -16,10 +16,11 @@ SHOWN = 5  # tensors that an error names
 
 
 class SelfCheck:
-    """Compares checksums of the weights and log-probs of fixed tokens between the trainer and every engine.
+    """Compares the weights and the log-probs of fixed tokens between the trainer and every engine.
 
-    Log-probs are compared after the first sync of a process, and wherever the engine does not hold all weights as they are (vLLM's CPU
-    kernels pack linear layers, quantisation changes them) whenever checksums are.
+    Weights are compared by their checksums. Where an engine does not hold all of them as they are (vLLM's CPU kernels pack linear layers,
+    quantisation changes them), they are compared one by one, packed ones by a product (rollout/loaded.py). Log-probs are compared after the
+    first sync of a process, and on such an engine each time.
     """
 
     def __init__(self, model: policy.Policy, engine: Engine, prompts: list[Prompt], config: Config):
@@ -39,14 +40,15 @@ class SelfCheck:
         due = self._interval and (step <= AT_FIRST or step % self._interval == 0)
         if not (self._first or due):
             return {}
-        held, difference = self._engine.checksums(), 0.0
-        wrong = differing(policy.checksums(self._model), held)
-        if self._first or frozenset().union(*held) != self._engine.names:
+        wrong, compared = differing(policy.checksums(self._model), self._engine.checksums())
+        packed, difference = compared != self._engine.names, 0.0
+        if packed:  # the weights are streamed once more
+            wrong += self._engine.differing(self._model.weights())
+        if self._first or packed:
             difference = self._difference()
         wrong, difference = self._of_all_engines(wrong, difference)
-        if not wrong and difference > self._tolerance:  # which tensor is it? the weights are streamed once more
-            wrong, _ = self._of_all_engines(self._engine.differing(self._model.weights()), 0.0)
-            wrong = wrong or ["no tensor by itself differs: the two compute something else"]
+        if not wrong and difference > self._tolerance:
+            wrong = ["no tensor by itself differs: the two compute something else"]
         if wrong:
             more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
             raise RuntimeError(

@@ -16,6 +16,7 @@ from typing import Self
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+HOUR = 3600  # seconds; select() takes no number of any size
 SHARE = 0.95  # of the grace time until the process leaves as it is
 _WAKE, _END = 254, 255  # what is written to the watching thread's pipe, besides the numbers of signals
 
@@ -98,7 +99,7 @@ class StopRequest:
             left = self._deadline - time.monotonic()
             if left <= 0:
                 self._leave(f"the grace time of {self._grace_time} s is nearly over: stopped on request without a further save")
-            if not select.select([self._pipe[0]], [], [], None if left == math.inf else left)[0]:
+            if not select.select([self._pipe[0]], [], [], None if left == math.inf else min(left, HOUR))[0]:
                 continue
             for byte in os.read(self._pipe[0], 64):
                 if byte == _END:

@@ -131,8 +131,8 @@ def find(config: Config, command: str) -> Path | None:
     run_dir = Path(config.run_dir)
     if config.resume:
         found = newest(run_dir)
-        if found is None and (damaged := [d for d in numbered(run_dir / "checkpoints") if (d / MANIFEST).exists()]):
-            read_manifest(damaged[-1], checksums=False)
+        if found is None and (damaged := numbered(run_dir / "checkpoints")):
+            read_manifest(damaged[-1], checksums=False)  # raises: to begin anew would overwrite what is there
         if found and (other := read_json(found / MANIFEST)["state"].get("command")) != command:
             raise UserError(f"run_dir {run_dir} holds a run of `{other}`, not of `{command}`", "choose another run_dir")
         return found
@@ -157,13 +157,25 @@ def newest(run_dir: Path, before: Path | None = None) -> Path | None:
 
 
 def prune(run_dir: Path, keep: int, keep_best: int = 0) -> None:
-    """Delete all checkpoints but the newest `keep` and the `keep_best` best by their scores, and what was left unfinished."""
+    """Delete all checkpoints but the newest `keep` and the `keep_best` best by their scores, what was left unfinished, and what is damaged:
+    that counts for neither. Where no checkpoint is complete nothing is deleted."""
     sweep(run_dir)
-    complete = [directory for directory in numbered(run_dir / "checkpoints") if (directory / MANIFEST).exists()]
+    complete = [directory for directory in numbered(run_dir / "checkpoints") if _is_whole(directory)]
+    if not complete:
+        return
     kept = {*complete[-keep:], *best(run_dir, keep_best)}
     for directory in numbered(run_dir / "checkpoints"):
         if directory not in kept:
             shutil.rmtree(directory)
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether a checkpoint's files have the sizes they should have."""
+    try:
+        read_manifest(directory, checksums=False)
+    except UserError:
+        return False
+    return True
 
 
 def sweep(run_dir: Path) -> None:
@@ -180,10 +192,11 @@ def best(run_dir: Path, count: int) -> list[Path]:
 
 
 def score_of(directory: Path) -> float | None:
-    """The score that was saved with a checkpoint; None where there is none, or no manifest."""
-    if not (directory / MANIFEST).exists():
+    """The score that was saved with a checkpoint; None where there is none, or no manifest that tells."""
+    try:
+        score = read_manifest(directory, checksums=False)["state"].get("score")
+    except UserError:
         return None
-    score = read_json(directory / MANIFEST).get("state", {}).get("score")
     return score if score is not None and math.isfinite(score) else None
 
 

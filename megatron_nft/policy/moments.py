@@ -1,6 +1,8 @@
 """What Megatron's distributed optimizer gives its `fully_reshardable` checkpoints: float32 weights and moments, whole on every rank."""
 
+import importlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -11,8 +13,11 @@ def gather_in_place(optimizer) -> None:
 
     Megatron's own way (0.16 to 0.19 alike) lays the buckets end to end without the padding at their ends, and then cuts parameters out
     where they are with it: behind a padded bucket all of them would be shifted in the file, with a warning at most. It also copies every
-    value five times, which the training loop would wait for. The buffers are kept: to get memory anew takes longer than to fill it.
+    value five times, and then collects garbage in the whole process: the training loop would wait for both. The buffers are kept: to get
+    memory anew takes longer than to fill it.
     """
+    distrib_optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    distrib_optimizer.gc = SimpleNamespace(collect=lambda: 0)  # "with GC disabled", which it is not here
     own, kept = optimizer.get_parameter_state_dp_zero, {}
 
     def gathered(use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False):

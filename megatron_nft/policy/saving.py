@@ -7,11 +7,9 @@ safe; writing and checksums leave the interpreter to the loop.
 """
 
 import copy
-import gc
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -64,7 +62,7 @@ class Saver:
         if self._thread is not None:
             raise RuntimeError("a save is under way: finish it first")
         started = time.perf_counter()
-        with _cheap_collections(), cpu.plain():
+        with cpu.plain():
             # how the ranks share the tensors does not change: Megatron compares it between all of them once
             sharded, common = versions.split_state(make_state(), validate=not self._validated)
             self._validated = True
@@ -210,20 +208,6 @@ def _complete(written: Path, directory: Path, snapshot: Snapshot, writer, metada
     others = [file for file in written.rglob("*") if file.is_file() and str(file.relative_to(written)) not in known]
     known |= manifest.secured(written, others)
     manifest.publish(written, snapshot.about | {"files": dict(sorted(known.items()))}, directory)
-
-
-@contextmanager
-def _cheap_collections() -> Iterator[None]:
-    """Megatron collects garbage when it gathers the optimizer's state; what is there before is left out of it, which else takes longer
-    than all the rest."""
-    if gc.get_freeze_count():  # by someone else, who would not like it thawed
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:

@@ -55,7 +55,8 @@ def _linear_differs(module: nn.Module, parameter: nn.Parameter, number: int, ful
         return not torch.equal(parameter.data[rows], wanted)
     probe = torch.randn(1, wanted.shape[1], generator=torch.Generator().manual_seed(0)).to(wanted)
     product, exact = module.quant_method.apply(module, probe)[0, rows].float(), wanted.double() @ probe[0].double()
-    tolerance = 16 * torch.finfo(parameter.dtype).eps * (wanted.double().abs() @ probe[0].double().abs())
+    rounding = torch.finfo(parameter.dtype).eps * exact.abs()  # of the result; sums are made in float32 at least
+    tolerance = 2 * rounding + 16 * torch.finfo(torch.float32).eps * (wanted.double().abs() @ probe[0].double().abs())
     return bool(((product - exact).abs() > tolerance).any())
 
 

@@ -23,15 +23,17 @@ def test_a_sum_is_of_the_bits():
 def test_fused_tensors_are_compared_with_their_parts():
     q, k, v, norm = (torch.full((2, 3), float(n)) for n in range(4))
     trainer = {frozenset("qkv"): of(q, k, v), frozenset("n"): of(norm)}
-    assert differing(trainer, trainer) == []
-    assert differing(trainer, {frozenset("n"): of(norm + 1)}) == ["n"]
+    assert differing(trainer, trainer) == ([], frozenset("qkvn"))
+    assert differing(trainer, {frozenset("n"): of(norm + 1)}) == (["n"], frozenset("n"))
     apart = {frozenset("q"): of(q), frozenset("k"): of(k), frozenset("v"): of(v)}
-    assert differing(apart, {frozenset("qkv"): of(q, k, v)}) == []
-    assert differing(apart, {frozenset("qkv"): of(q, k, v + 1)}) == ["k + q + v"]
+    assert differing(apart, {frozenset("qkv"): of(q, k, v)}) == ([], frozenset("qkv"))
+    assert differing(apart, {frozenset("qkv"): of(q, k, v + 1)}) == (["k + q + v"], frozenset("qkv"))
 
 
 def test_what_cannot_be_compared_is_passed_over():
     q, k = torch.ones(2), torch.ones(3)
-    assert differing({frozenset("qk"): of(q, k)}, {frozenset("q"): of(q + 1)}) == [], "only a part of what the trainer sums together"
-    assert differing({frozenset("q"): of(q)}, {frozenset("q"): of(q.bfloat16())}) == [], "another dtype"
-    assert differing({frozenset("q"): of(q)}, {frozenset("x"): of(k)}) == [], "a tensor the trainer does not have"
+    assert differing({frozenset("qk"): of(q, k)}, {frozenset("q"): of(q + 1)}) == ([], frozenset()), (
+        "only a part of what the trainer sums together"
+    )
+    assert differing({frozenset("q"): of(q)}, {frozenset("q"): of(q.bfloat16())}) == ([], frozenset()), "another dtype"
+    assert differing({frozenset("q"): of(q)}, {frozenset("x"): of(k)}) == ([], frozenset()), "a tensor the trainer does not have"

@@ -140,3 +140,19 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_goes(tmp_path):
     assert manifest.hidden(tmp_path / "checkpoints" / "step_4") != leftover  # another attempt never writes into it
     checkpoint.sweep(tmp_path)
     assert kept(tmp_path) == ["step_3"]
+
+
+def test_a_damaged_one_counts_for_nothing(tmp_path):
+    """Neither among the newest nor among the best, and a manifest that cannot be read ends no run."""
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    (tmp_path / "checkpoints" / "step_3" / "part.distcp").unlink()
+    (tmp_path / "checkpoints" / "step_1" / manifest.MANIFEST).write_text("{")
+    manifest.prune(tmp_path, 1, keep_best=1)
+    assert [d.name for d in (tmp_path / "checkpoints").iterdir()] == ["step_2"]
+
+
+def test_directories_without_a_manifest_are_not_overwritten(tmp_path):
+    (write(tmp_path, 1) / manifest.MANIFEST).unlink()
+    with pytest.raises(UserError, match="is no complete checkpoint"):
+        find(tmp_path)
