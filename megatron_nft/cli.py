@@ -2,6 +2,7 @@
 goes on; 130 interrupted by Ctrl-C; anything else is a fault of ours."""
 
 import argparse
+import errno
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from megatron_nft import config
 from megatron_nft.errors import UserError
 from megatron_nft.stopping import EXIT_CODE, Stopped, StopRequest
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,6 +31,12 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # all ranks stopped at the same step
             print(f"megatron-nft: {stopped}", file=sys.stderr)
         return EXIT_CODE
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"megatron-nft: {error.strerror}{where}: make room; the same command goes on from what is saved", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("megatron-nft: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130

@@ -6,6 +6,8 @@ A row is one step: every metric added and every second of a stage since the last
 long a save took that ended in the step, from its start until it was complete; what the loop waited for it is in `time/checkpoint`.
 """
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -253,6 +255,30 @@ def writable(directory: Path) -> bool:
     """Whether the directory can be written or made."""
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     return existing.is_dir() and os.access(existing, os.W_OK)
+
+
+@contextmanager
+def held(run_dir: str | Path) -> Iterator[None]:
+    """A run directory that no other run on it shares while this block lasts; the first rank holds it for all. The system gives it free when
+    the process ends, however it ends.
+
+    Raises UserError where another run holds it, and where it cannot be written. A file system without locks holds nobody off.
+    """
+    if not writable(Path(run_dir)):
+        raise UserError(f"run_dir {run_dir} cannot be written", "choose a directory of your own on a disk that can be written")
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    with open(Path(run_dir) / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run_dir {run_dir} is in use by another run", "wait until it has ended, or choose another run_dir") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
+        yield
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """The checkpoints of a run: saved while it goes on, scored, pruned, and told of."""
 
+import logging
 from pathlib import Path
 
 from megatron_nft import policy
@@ -7,6 +8,8 @@ from megatron_nft.config import Config, dataset_name
 from megatron_nft.errors import UserError
 from megatron_nft.logbook import Logbook, duration
 from megatron_nft.policy import checkpoint
+
+_log = logging.getLogger(__name__)
 
 DIRECTORY = "checkpoints"
 
@@ -41,7 +44,7 @@ class Saves:
         checkpoint.async_save off for this one, too."""
         self.finish()
         score = (scores or {}).get(self.metric)
-        self.model.start_save(directory_of(self.run_dir, state["step"]), state if score is None else state | {"score": score})
+        self.model.start_save(directory_of(self.run_dir, state["step"]), state if score is None else state | {"score": score}, self._prune)
         if not self.config.checkpoint.async_save:
             self.finish()
 
@@ -52,7 +55,7 @@ class Saves:
                 self.finish(wait=False)
 
     def finish(self, wait: bool = True) -> None:
-        """End the save under way where it is written, or wait until it is; then delete what is not kept."""
+        """End the save under way where it is written, or wait until it is."""
         saved = self.model.finish_save(wait)
         if saved is None:
             return
@@ -61,11 +64,15 @@ class Saves:
         if saved.problem:
             self.log.note(f"{name} could not be saved, the run goes on without: {saved.problem}")
             return
-        settings = self.config.checkpoint
         self.log.add({"time/checkpoint_write": saved.seconds})
         self.log.note(f"{name} saved in {duration(saved.seconds)}, of which the run waited {duration(saved.stalled)}{self._best()}")
-        if self.is_first:
-            checkpoint.prune(self.run_dir, settings.keep, settings.keep_best)
+
+    def _prune(self) -> None:
+        """Delete what is not kept; what cannot be deleted stays, and is no reason to end a run."""
+        try:
+            checkpoint.prune(self.run_dir, self.config.checkpoint.keep, self.config.checkpoint.keep_best)
+        except OSError as error:
+            _log.warning("a checkpoint that is not kept could not be deleted: %s", error)
 
     def end(self) -> None:
         """After the last save of the run. Raises UserError where it failed."""

@@ -3,6 +3,7 @@
 import random
 from dataclasses import asdict
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from megatron_nft import batching, objectives, policy, prompts, saves
 from megatron_nft.config import Config, save
 from megatron_nft.errors import UserError
-from megatron_nft.logbook import Logbook
+from megatron_nft.logbook import Logbook, held
 from megatron_nft.policy import checkpoint
 from megatron_nft.stopping import Stopped, StopRequest
 
@@ -20,13 +21,26 @@ def sft(config: Config, stop: StopRequest) -> None:
 
     Raises Stopped, with the state saved, where `stop` asks for it before the last update.
     """
+    if config.checkpoint.keep_best:
+        raise UserError(f"checkpoint.keep_best is {config.checkpoint.keep_best}, and sft makes no validation", "use 0")
     resume_from = checkpoint.find(config, "sft")
     policy.check(config, window=1)
     examples = load_examples(config)
+    with held(config.run_dir):
+        _train(config, stop, resume_from, examples)
+
+
+def _train(config: Config, stop: StopRequest, resume_from: Path | None, examples: list[batching.TrainingAnswer]) -> None:
     topology = policy.initialize(config.parallel, config.seed)
     model = policy.Policy(config, topology)
     model.temperature = 1.0
-    first_step = model.load_newest(resume_from)[1]["step"] if resume_from else 0
+    state = {"command": "sft", "step": 0, "examples": fingerprint(examples)}
+    if resume_from:
+        _, saved = model.load_newest(resume_from)
+        if saved.get("examples", state["examples"]) != state["examples"]:
+            raise UserError("the examples of sft.data changed since the checkpoint", "restore them, or start a new run_dir")
+        state["step"] = saved["step"]
+    first_step = state["step"]
     run_dir = Path(config.run_dir)
     if topology.is_first:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -35,6 +49,8 @@ def sft(config: Config, stop: StopRequest) -> None:
                   meter=policy.PeakMemory())  # fmt: skip
     kept = saves.Saves(model, config, log, topology.is_first)
     log.note(f"{len(examples)} examples; {policy.kernels(config)}")
+    if first_step:
+        log.note(f"resumed after step {first_step}")
     stop.begin()
     for step in range(first_step + 1, config.sft.steps + 1):
         with log.stage("batching"):
@@ -51,7 +67,7 @@ def sft(config: Config, stop: StopRequest) -> None:
         asked = stop.agreed()
         if asked or step == config.sft.steps or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
             with log.stage("checkpoint"):
-                kept.start({"command": "sft", "step": step})
+                kept.start(state | {"step": step})
         if asked and step < config.sft.steps:
             kept.end()
             log.close()
@@ -88,6 +104,14 @@ def load_examples(config: Config) -> list[batching.TrainingAnswer]:
                 )
             examples.append(batching.TrainingAnswer(prompt, response, [0.0] * len(response), [1] * len(response), 1.0))
     return examples
+
+
+def fingerprint(examples: list[batching.TrainingAnswer]) -> str:
+    """A hash of all tokens in their order."""
+    digest = sha256()
+    for example in examples:
+        digest.update(repr((example.prompt, example.response)).encode())
+    return digest.hexdigest()[:16]
 
 
 def draw(count: int, size: int, step: int, seed: int) -> list[int]:

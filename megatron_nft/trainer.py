@@ -11,7 +11,7 @@ from typing import Self
 from megatron_nft import batching, evaluation, objectives, policy, prompts, rollout, saves
 from megatron_nft.config import Config, max_model_len, save
 from megatron_nft.errors import UserError
-from megatron_nft.logbook import Logbook, remove_later, writable
+from megatron_nft.logbook import Logbook, held, remove_later, writable
 from megatron_nft.policy import checkpoint, exchange
 from megatron_nft.prompts import Cursor, PromptSet
 from megatron_nft.rewards import Judge
@@ -99,6 +99,7 @@ class Run:
         self.config, self.run_dir, self.validation = config, Path(config.run_dir), given.validation
         self._open = ExitStack()
         self.judge = self._open.enter_context(Judge.for_config(config))
+        self._open.enter_context(held(self.run_dir))
         self.topology = policy.initialize(config.parallel, config.seed)
         self._open.callback(policy.shutdown)
         self.policy = policy.Policy(config, self.topology)

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def start(saver: Saver, directory: Path, policy, state: dict) -> None:
+def start(saver: Saver, directory: Path, policy, state: dict, then: Callable[[], None]) -> None:
     """Begin to save. Collective. `state` must be JSON; everything else comes from the policy. A directory of the same name is replaced.
 
     The manifest says what is there: the layout, the dtype of the weights, whether there is an optimizer, size and checksum of the
@@ -38,7 +38,7 @@ def start(saver: Saver, directory: Path, policy, state: dict) -> None:
     def make_state() -> dict:
         return sharded_state(policy, loading=False) | {"content_metadata": dict(METADATA)}
 
-    saver.start(directory, make_state, _live(policy), about, Path(policy.config.model.path))
+    saver.start(directory, make_state, _live(policy), about, Path(policy.config.model.path), then)
 
 
 def load_newest(directory: Path, policy) -> tuple[Path, dict]:

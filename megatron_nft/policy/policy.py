@@ -314,11 +314,12 @@ class Policy:
 
     # ---- checkpoints
 
-    def start_save(self, directory: Path, state: dict) -> None:
+    def start_save(self, directory: Path, state: dict, then: Callable[[], None] = lambda: None) -> None:
         """Begin to write a complete checkpoint: model, optimizer, scheduler, RNG, and `state` (JSON) in the manifest. What training does
-        from here on is not in it. finish_save() has to be called before the next one is started."""
+        from here on is not in it. finish_save() has to be called before the next one is started. `then` is called on the first rank when
+        the checkpoint is complete, in the thread that writes."""
         self.gather_parameters()
-        checkpoint.start(self._saver, directory, self, state)
+        checkpoint.start(self._saver, directory, self, state, then)
 
     @property
     def saving(self) -> bool:

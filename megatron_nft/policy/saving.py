@@ -33,6 +33,14 @@ class Saved:
     problem: str | None  # None: it is complete; otherwise nothing is left of it
 
 
+@dataclass(frozen=True)
+class Problem:
+    """Why a save did not end well."""
+
+    text: str
+    of_disk: bool  # otherwise a fault of the program
+
+
 @dataclass
 class Snapshot:
     """What a checkpoint will hold: nothing of it changes while training goes on."""
@@ -41,6 +49,7 @@ class Snapshot:
     common: dict | None  # of the first rank, for common.pt; None where this Megatron-Core keeps it in `sharded`
     about: dict  # the manifest but for its files
     companions: Path  # the directory of config and tokenizer
+    then: Callable[[], None]  # called in the first rank's thread when the directory is complete
 
 
 class Saver:
@@ -52,13 +61,22 @@ class Saver:
         self._group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._saved: Saved | None = None
-        self._fault: Exception | None = None  # of this rank, and known to the others
-        self._broken: BaseException | None = None
+        self._problem: Problem | None = None  # of any rank
+        self._fault: BaseException | None = None  # of this rank
         self._validated = False
         self._kept: dict[int, torch.Tensor] = {}  # memory for what is copied to the host
 
-    def start(self, directory: Path, make_state: Callable[[], dict], live: list[torch.Tensor], about: dict, companions: Path) -> None:
-        """Take a snapshot and begin to write it. make_state gives Megatron's sharded state; live: tensors that training changes."""
+    def start(
+        self,
+        directory: Path,
+        make_state: Callable[[], dict],
+        live: list[torch.Tensor],
+        about: dict,
+        companions: Path,
+        then: Callable[[], None],
+    ) -> None:
+        """Take a snapshot and begin to write it. make_state gives Megatron's sharded state; live: tensors that training changes; the rest
+        is as in Snapshot."""
         if self._thread is not None:
             raise RuntimeError("a save is under way: finish it first")
         started = time.perf_counter()
@@ -66,7 +84,7 @@ class Saver:
             # how the ranks share the tensors does not change: Megatron compares it between all of them once
             sharded, common = versions.split_state(make_state(), validate=not self._validated)
             self._validated = True
-            snapshot = Snapshot(self._on_host(sharded, live), copy.deepcopy(common), copy.deepcopy(about), companions)
+            snapshot = Snapshot(self._on_host(sharded, live), copy.deepcopy(common), copy.deepcopy(about), companions, then)
         self._saved = Saved(directory, 0.0, 0.0, None)
         self._thread = threading.Thread(target=self._run, args=(directory, snapshot, started), name="checkpoint", daemon=True)
         self._thread.start()
@@ -80,7 +98,7 @@ class Saver:
     def finish(self, wait: bool) -> Saved | None:
         """The save that was started, once it has ended on every rank; None while it has not, and where none was started.
 
-        Raises whatever was a fault of the program, not of the disk.
+        Raises, on every rank, what was a fault of the program and not of the disk.
         """
         if self._thread is None:
             return None
@@ -89,12 +107,13 @@ class Saver:
             self._saved.stalled += time.perf_counter() - started
             return None
         self._thread.join()
-        saved, fault, broken = self._saved, self._fault, self._broken
-        self._thread = self._saved = self._fault = self._broken = None
-        if broken is not None:
-            raise broken
-        if fault is not None and _disk_error(fault) is None:
+        saved, problem, fault = self._saved, self._problem, self._fault
+        self._thread = self._saved = self._problem = self._fault = None
+        if fault is not None and (problem is None or not problem.of_disk):
             raise fault
+        if problem is not None and not problem.of_disk:
+            raise RuntimeError(f"a checkpoint could not be saved: {problem.text}")
+        saved.problem = None if problem is None else problem.text
         saved.stalled += time.perf_counter() - started
         return saved
 
@@ -132,7 +151,7 @@ class Saver:
         try:
             self._save(*arguments)
         except BaseException as error:  # raised by finish(): the other ranks may wait for what this one did not come to
-            self._broken = error
+            self._fault = error
 
     def _save(self, directory: Path, snapshot: Snapshot, started: float) -> None:
         """Write, and agree with the other ranks on how it went."""
@@ -144,10 +163,10 @@ class Saver:
                 rmtree(written, ignore_errors=True)
         else:
             outcome = written
-        self._saved.problem = outcome
+        self._problem = outcome
         self._saved.seconds = time.perf_counter() - started
 
-    def _write(self, written: Path, directory: Path, snapshot: Snapshot) -> Callable[[], str | None]:
+    def _write(self, written: Path, directory: Path, snapshot: Snapshot) -> Callable[[], Problem | None]:
         """Write this rank's part; returns what completes the directory (on the first rank) or tells the first problem of any rank."""
         with cpu.adapted():
             writer, metadata = files.plan_files(snapshot.sharded, written, self._group)
@@ -160,7 +179,7 @@ class Saver:
         everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object((results, marks, problem), everyone, dst=0, group=self._group)
 
-        def complete() -> str | None:
+        def complete() -> Problem | None:
             if problems := [problem for _, _, problem in everyone or () if problem]:
                 return problems[0]
             if everyone is not None:
@@ -180,11 +199,13 @@ class Saver:
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         return outcome[0]
 
-    def _told(self, error: Exception) -> str:
+    def _told(self, error: Exception) -> Problem:
         self._fault = error
         disk = _disk_error(error)
-        where = f" ({disk.filename})" if disk is not None and disk.filename else ""
-        return f"{disk.strerror or disk}{where}" if disk is not None else f"rank {dist.get_rank()}: {error!r}"
+        if disk is None:
+            return Problem(f"rank {dist.get_rank()}: {error!r}", of_disk=False)
+        where = f" ({disk.filename})" if disk.filename else ""
+        return Problem(f"{disk.strerror or disk}{where}", of_disk=True)
 
 
 def failed(saved: Saved) -> UserError:
@@ -208,6 +229,7 @@ def _complete(written: Path, directory: Path, snapshot: Snapshot, writer, metada
     others = [file for file in written.rglob("*") if file.is_file() and str(file.relative_to(written)) not in known]
     known |= manifest.secured(written, others)
     manifest.publish(written, snapshot.about | {"files": dict(sorted(known.items()))}, directory)
+    snapshot.then()
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:

@@ -1,5 +1,6 @@
 """Bad input: exit code 2, one line on stderr that names the fault and the mend, nothing written."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_nft import report
 from megatron_nft.cli import main
 from tests.support import ROOT, add_tokenizer, tiny_model
 
@@ -139,3 +141,18 @@ def test_the_process_exits_with_2_and_no_traceback(folder):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("megatron-nft: unknown setting nonsense") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EIO, None)])
+def test_a_full_disk_is_one_line(number, code, monkeypatch, capsys):
+    def fail(path):
+        raise OSError(number, "told by the system", str(path / "metrics.jsonl"))
+
+    monkeypatch.setattr(report, "write_report", fail)
+    if code is None:
+        with pytest.raises(OSError):
+            main(["report", "runs/mine"])
+    else:
+        assert main(["report", "runs/mine"]) == code
+        said = "megatron-nft: told by the system (runs/mine/metrics.jsonl): make room; the same command goes on from what is saved\n"
+        assert capsys.readouterr().err == said

@@ -9,7 +9,7 @@ import torch
 from megatron_nft import logbook
 from megatron_nft.config import LoggingConfig
 from megatron_nft.errors import UserError
-from megatron_nft.logbook import Logbook, progress, read_rows, remove_later
+from megatron_nft.logbook import Logbook, held, progress, read_rows, remove_later
 
 
 class Terminal(io.StringIO):
@@ -254,3 +254,15 @@ def test_peak_memory_of_a_stage(tmp_path):
                 pass
         row = log.commit(1)
     assert (row["memory/generate"], row["memory/train"], meter.started) == (60, 70, 3) and "memory/within" not in row
+
+
+def test_a_run_directory_is_one_runs(tmp_path, monkeypatch):
+    with held(tmp_path / "run"):
+        with pytest.raises(UserError, match="run is in use by another run"), held(tmp_path / "run"):
+            pass
+        monkeypatch.setenv("RANK", "1")
+        with held(tmp_path / "run"):  # the first rank holds it for all
+            pass
+        monkeypatch.delenv("RANK")
+    with held(tmp_path / "run"):
+        pass

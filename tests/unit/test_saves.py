@@ -21,9 +21,9 @@ class FakeModel:
     def __init__(self):
         self.full, self.under_way = False, None
 
-    def start_save(self, directory: Path, state: dict) -> None:
+    def start_save(self, directory: Path, state: dict, then) -> None:
         assert self.under_way is None
-        self.under_way = directory, state
+        self.under_way = directory, state, then
 
     @property
     def saving(self) -> bool:
@@ -32,11 +32,12 @@ class FakeModel:
     def finish_save(self, wait: bool) -> Saved | None:
         if self.under_way is None or not wait:
             return None
-        (directory, state), self.under_way = self.under_way, None
+        (directory, state, then), self.under_way = self.under_way, None
         if not self.full:
             directory.mkdir(parents=True)
             content = {"layout": {}, "dtype": "float32", "optimizer": True, "files": {}, "state": state}
             (directory / manifest.MANIFEST).write_text(json.dumps(content))
+            then()
         return Saved(directory, 0.01, 2.0, "No space left on device" if self.full else None)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from megatron_nft.batching import Layout, TrainingAnswer
-from megatron_nft.supervised import draw, plan
+from megatron_nft.supervised import draw, fingerprint, plan
 
 
 def test_every_example_once_an_epoch_in_a_new_order():
@@ -25,3 +25,10 @@ def test_the_loss_is_the_mean_over_answer_tokens_whatever_the_layout():
         found = plan(chosen, Layout(replicas, tokens, len(chosen)))
         assert np.allclose(found.scales, 1 / 17, rtol=1e-15)
         assert sorted(found.replica_of()) == [0, 1, 2, 3] and len(found.mini_batches) == 1
+
+
+def test_a_fingerprint_tells_of_every_token_and_the_order():
+    one, two = (TrainingAnswer([n], [n, 2], [0.0, 0.0], [1, 1], 1.0) for n in (1, 3))
+    other = TrainingAnswer([1, 1], [2], [0.0], [1], 1.0)  # the same tokens, parted elsewhere
+    assert fingerprint([one, two]) == fingerprint([one, two])
+    assert len({fingerprint(e) for e in ([one, two], [two, one], [one], [other, two])}) == 4
