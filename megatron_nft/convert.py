@@ -41,7 +41,7 @@ def hf_to_megatron(source: Path, output: Path) -> None:
     Raises UserError for a source that load_huggingface, policy.check or check_tokenizer refuses, where output is not vacant, and where the
     disk has no room.
     """
-    output = output.absolute()
+    output = output.resolve()  # a link is followed: its target is what is written
     check_vacant(output)
     hf = checked(source)
     settings = settings_of(source, storage(hf))
@@ -58,7 +58,7 @@ def megatron_to_hf(directory: Path, output: Path, hf_config: Path | None = None)
     have those they are stored in, and config.json says so.
     Raises UserError for what is no complete checkpoint or another model's, where output is not vacant, and where the disk has no room.
     """
-    output = output.absolute()
+    output = output.resolve()  # a link is followed: its target is what is written
     check_vacant(output)
     if topology.world_size() != 1:
         _one_rank_only()
