@@ -7,7 +7,7 @@ from megatron_nft.weights.buckets import Bucket, Buffers, Slot
 from megatron_nft.weights.families import table_for
 from megatron_nft.weights.huggingface import HuggingFaceWeights, load_huggingface, read_json
 from megatron_nft.weights.layouts import padded_vocab_size
-from megatron_nft.weights.resume import Unfinished, check_vacant, fingerprint, resumable
+from megatron_nft.weights.resume import NoRoom, Unfinished, check_vacant, resumable, stamps
 from megatron_nft.weights.safetensors_files import Kind
 from megatron_nft.weights.source import is_checkpoint, load_weights
 from megatron_nft.weights.stream import stream
@@ -21,8 +21,9 @@ __all__ = [
     "Buffers",
     "Entry",
     "HuggingFaceWeights",
-    "Slot",
     "Kind",
+    "NoRoom",
+    "Slot",
     "Table",
     "TorchDistWeights",
     "Unfinished",
@@ -32,7 +33,6 @@ __all__ = [
     "copy_companions",
     "expert_number",
     "find_iteration",
-    "fingerprint",
     "is_checkpoint",
     "load_huggingface",
     "load_weights",
@@ -40,6 +40,7 @@ __all__ = [
     "read_json",
     "resumable",
     "save_huggingface",
+    "stamps",
     "stream",
     "table_for",
     "whole_or_nothing",

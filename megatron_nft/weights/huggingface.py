@@ -119,14 +119,14 @@ def _open_files(directory: Path) -> dict[str, Stored]:
     return {name: held[file][name] for name, file in weight_map.items()}
 
 
-def read_json(file: Path) -> dict:
+def read_json(file: Path, mend: str = AGAIN) -> dict:
     """A JSON object. Raises UserError for anything else in the file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is no JSON ({error})", AGAIN) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no JSON ({error})", mend) from None
     if not isinstance(content, dict):
-        raise UserError(f"{file} is no JSON object", AGAIN)
+        raise UserError(f"{file} is no JSON object", mend)
     return content
 
 

@@ -44,7 +44,7 @@ def partial_of(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.partial")
 
 
-def fingerprint(directories: Iterable[Path]) -> list:
+def stamps(directories: Iterable[Path]) -> list:
     """Name, size and time of change of every file in the directories: what tells whether a source is the one it was."""
     files = sorted(file for directory in directories for file in directory.iterdir() if file.is_file())
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_nft.errors import UserError
 from megatron_nft.weights.huggingface import INDEX, SINGLE, read_json
-from megatron_nft.weights.resume import Unfinished, check_vacant, fingerprint, partial_of, resumable
+from megatron_nft.weights.resume import Unfinished, check_vacant, partial_of, resumable, stamps
 from megatron_nft.weights.safetensors_files import Kind, write_file
 
 # config, tokenizer and chat template, copied from the template to a written directory; config.json is always there
@@ -84,7 +84,7 @@ def convert_to_huggingface(
     """
     directory, template = directory.resolve(), template.resolve()
     shards = _plan(kinds, max_shard_bytes)
-    made_of = {"to": "huggingface", "files": fingerprint({template, source}), "max_shard_bytes": max_shard_bytes}
+    made_of = {"to": "huggingface", "files": stamps({template, source}), "max_shard_bytes": max_shard_bytes}
     total = sum(kind.nbytes for kind in kinds.values())
     with resumable(directory, made_of, total) as unfinished:
         for file, names in shards.items():
