@@ -21,6 +21,7 @@ from megatron_nft.weights import (
     HuggingFaceWeights,
     Kind,
     TorchDistWeights,
+    check_companions,
     check_tokenizer,
     check_vacant,
     convert_to_huggingface,
@@ -71,6 +72,7 @@ def checked(source: Path) -> HuggingFaceWeights:
     hf = load_huggingface(source)
     hf.check_index()
     check_tokenizer(source, hf.config["vocab_size"])
+    check_companions(source)
     return hf
 
 
@@ -91,6 +93,7 @@ def open_checkpoint(directory: Path, hf_config: Path | None) -> tuple[TorchDistW
     manifest = checkpoint.read_manifest(place) if (place / checkpoint.MANIFEST).is_file() else {"state": {}}  # Megatron-LM's has none
     weights = TorchDistWeights(place, read_json(hf_config / "config.json"))
     check_tokenizer(hf_config, weights.config["vocab_size"])
+    check_companions(hf_config)
     return weights, hf_config, _given_dtypes(weights, manifest)
 
 

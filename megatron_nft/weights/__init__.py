@@ -14,7 +14,7 @@ from megatron_nft.weights.stream import stream
 from megatron_nft.weights.table import Entry, Table, expert_number, with_expert
 from megatron_nft.weights.tokenizer import check_tokenizer
 from megatron_nft.weights.torch_dist import TorchDistWeights, find_iteration
-from megatron_nft.weights.writer import convert_to_huggingface, copy_companions, save_huggingface, whole_or_nothing
+from megatron_nft.weights.writer import check_companions, convert_to_huggingface, copy_companions, save_huggingface, whole_or_nothing
 
 __all__ = [
     "Bucket",
@@ -27,6 +27,7 @@ __all__ = [
     "Table",
     "TorchDistWeights",
     "Unfinished",
+    "check_companions",
     "check_tokenizer",
     "check_vacant",
     "convert_to_huggingface",

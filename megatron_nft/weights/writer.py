@@ -170,10 +170,21 @@ def _name_shards(directory: Path, shards: list[list[str]], total_bytes: int) -> 
 
 def copy_companions(template: Path, directory: Path) -> None:
     """Copy what belongs to a model besides its tensors: config, generation settings, tokenizer, chat template."""
-    for pattern in COMPANIONS:
-        for source in template.glob(pattern):
-            copy = shutil.copytree if source.is_dir() else shutil.copyfile
-            copy(source, directory / source.name)
+    for source in _companions(template):
+        copy = shutil.copytree if source.is_dir() else shutil.copyfile
+        copy(source, directory / source.name)
+
+
+def check_companions(template: Path) -> None:
+    """Raise OSError for a file that copy_companions could not read: said before a conversion, not at its end."""
+    for source in _companions(template):
+        for file in source.rglob("*") if source.is_dir() else [source]:
+            if not file.is_dir():
+                file.open("rb").close()
+
+
+def _companions(template: Path) -> list[Path]:
+    return [source for pattern in COMPANIONS for source in template.glob(pattern)]
 
 
 def _name_dtype(file: Path, dtypes: set[torch.dtype]) -> None:

@@ -62,3 +62,62 @@ def test_changed_dtypes_in_the_manifest(pair, tmp_path, capsys, old, new, checks
     line = refused(capsys, "megatron-to-hf", damaged.parent, tmp_path / "out")
     assert ("manifest.json is not what was written" if checksum else "there is no such dtype") in line
     assert line.endswith("convert the model again") and not (tmp_path / "out").exists()
+
+
+def write(name: str, content):
+    """A file of a directory becomes this JSON."""
+    return lambda directory: (directory / name).write_text(json.dumps(content))
+
+
+def change(name: str, **fields):
+    """Fields of a JSON file become these."""
+    return lambda directory: write(name, json.loads((directory / name).read_text()) | fields)(directory)
+
+
+def dangling(directory: Path) -> None:
+    (directory / "tokenizer_config.json").symlink_to("nowhere")
+
+
+TOKENIZERS = [[1], None, {"model": "x"}, {"added_tokens": [{}]}, {"added_tokens": [{"id": "five"}]}, {"added_tokens": {"a": 1}},
+              {"model": {"vocab": {"a": "b"}}}, {"model": {"vocab": 5}}]  # fmt: skip
+INDEX, LONG = "model.safetensors.index.json", "n" * 300
+WRONG = {
+    **{f"tokenizer {content}": (write("tokenizer.json", content), "tokenizer.json ") for content in TOKENIZERS},
+    "vocab.json": (write("vocab.json", [1]), "vocab.json is no JSON object"),
+    "family": (change("config.json", model_type=["qwen2"]), "model_type ['qwen2'] is not supported"),
+    "rope": (change("config.json", rope_parameters="x"), "rope settings in config.json are 'x'"),
+    "dangling": (dangling, "tokenizer_config.json cannot be read or written (No such file or directory)"),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), WRONG.values(), ids=WRONG)
+def test_files_of_wrong_form(pair, tmp_path, capsys, damage, said):
+    source = shutil.copytree(pair[0], tmp_path / "source")
+    damage(source)
+    assert said in refused(capsys, "hf-to-megatron", source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({"metadata": [1]}, "has no object as its metadata"), ({"weight_map": {NORM: LONG}}, "File name too long")],
+    ids=["metadata", "long name"],
+)
+def test_index_of_wrong_form(pair, tmp_path, capsys, fields, said):
+    source = shutil.copytree(pair[0], tmp_path / "source")
+    file = (source / "model.safetensors").rename(source / "model-1.safetensors")
+    write(INDEX, {"weight_map": dict.fromkeys(load_file(file), file.name)} | fields)(source)
+    assert said in refused(capsys, "hf-to-megatron", source, tmp_path / "out")
+
+
+def test_a_directory_that_may_not_be_read(pair, tmp_path, capsys, monkeypatch):
+    """As another user finds it; permissions do not bind the one who runs the tests as root."""
+    source, opened = shutil.copytree(pair[0], tmp_path / "source"), open
+
+    def closed(file, *arguments, **options):
+        if Path(str(file)).name == "model.safetensors":
+            raise PermissionError(13, os.strerror(13), str(file))
+        return opened(file, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", closed)
+    assert "model.safetensors cannot be read or written (Permission denied)" in refused(capsys, "hf-to-megatron", source, tmp_path / "out")

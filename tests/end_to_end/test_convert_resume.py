@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,12 @@ def test_verify_without_logits(pair, capsys, monkeypatch):
         monkeypatch.setattr(verify, "_available", lambda: 1e9)
         assert cli.main(["convert", "verify", str(pair["hf-to-megatron"]), *arguments]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == f"log-probs and greedy text were not compared: {reason}"
+
+
+def test_verify_without_room_names_the_place(pair, capsys, monkeypatch):
+    monkeypatch.setattr(resume.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
+    line = refused(capsys, "verify", pair["hf-to-megatron"])
+    assert f"{tempfile.gettempdir()} has no room" in line and "set TMPDIR" in line and "megatron-nft-verify" not in line
 
 
 def test_progress_is_told_in_megabytes(capsys):
