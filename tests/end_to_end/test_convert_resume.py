@@ -286,6 +286,12 @@ def test_verify_without_room_names_the_place(pair, capsys, monkeypatch):
     assert f"{tempfile.gettempdir()} has no room" in line and "set TMPDIR" in line and "megatron-nft-verify" not in line
 
 
+def test_an_interrupted_verify_has_nothing_to_go_on_from(pair, capsys, monkeypatch):
+    finishing(monkeypatch, after=1, then=interrupt)
+    assert cli.main(["convert", "verify", str(pair["hf-to-megatron"])]) == 130
+    assert capsys.readouterr().err == "megatron-nft: interrupted\n"
+
+
 def test_progress_is_told_in_megabytes(capsys):
     with convert.Progress(5_000_000, "converting it") as progress:
         for _ in range(10):
