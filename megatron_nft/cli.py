@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"megatron-nft: {error.strerror}{where}: make room; the same command goes on from what is saved", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("megatron-nft: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        print(f"megatron-nft: interrupted{getattr(arguments, 'goes_on', '')}", file=sys.stderr)
         return 130
     return 0
 
@@ -56,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. train.steps=10")
         command.set_defaults(run=run)
+        if name != "evaluate":
+            command.set_defaults(goes_on="; the same command goes on from the newest checkpoint")
         if name == "train":
             text = "print the settings and where they come from, check all that needs no model in memory, and stop"
             command.add_argument("--dry-run", action="store_true", help=text)
@@ -66,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
         kind.add_argument("source", metavar=source, type=Path)
         if name != "verify":
             kind.add_argument("output", metavar="OUT_DIR", type=Path)
+            kind.set_defaults(goes_on="; the same command goes on after the files that are finished")
         kind.set_defaults(run=_convert, kind=name)
         if name == "megatron-to-hf":
             text = "config.json and tokenizer of the model, for a checkpoint that Megatron-LM saved"
@@ -119,6 +122,16 @@ def _convert(arguments: argparse.Namespace) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all of it is reading, writing and a comparison on the CPU
     from megatron_nft import convert, verify
 
+    try:
+        _convert_kind(arguments, convert, verify)
+    except OSError as error:  # a path the user gave, or a file in it, that the system refuses
+        if error.filename is None:
+            raise
+        mend = "see that it is there and that you may use it, or name another"
+        raise UserError(f"{error.filename} cannot be read or written ({error.strerror})", mend) from error
+
+
+def _convert_kind(arguments: argparse.Namespace, convert, verify) -> None:
     if arguments.kind == "verify":
         verify.verify(arguments.source, logits=not arguments.no_logits)
     elif arguments.kind == "hf-to-megatron":

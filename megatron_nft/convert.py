@@ -21,16 +21,18 @@ from megatron_nft.weights import (
     HuggingFaceWeights,
     Kind,
     TorchDistWeights,
+    check_companions,
     check_tokenizer,
     check_vacant,
     convert_to_huggingface,
     copy_companions,
     find_iteration,
-    fingerprint,
     load_huggingface,
     read_json,
     resumable,
+    stamps,
 )
+from megatron_nft.weights.safetensors_files import DTYPES
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -41,7 +43,7 @@ def hf_to_megatron(source: Path, output: Path) -> None:
     Raises UserError for a source that load_huggingface, policy.check or check_tokenizer refuses, where output is not vacant, and where the
     disk has no room.
     """
-    output = output.absolute()
+    output = output.resolve()  # a link is followed: its target is what is written
     check_vacant(output)
     hf = checked(source)
     settings = settings_of(source, storage(hf))
@@ -58,7 +60,7 @@ def megatron_to_hf(directory: Path, output: Path, hf_config: Path | None = None)
     have those they are stored in, and config.json says so.
     Raises UserError for what is no complete checkpoint or another model's, where output is not vacant, and where the disk has no room.
     """
-    output = output.absolute()
+    output = output.resolve()  # a link is followed: its target is what is written
     check_vacant(output)
     if topology.world_size() != 1:
         _one_rank_only()
@@ -70,6 +72,7 @@ def checked(source: Path) -> HuggingFaceWeights:
     hf = load_huggingface(source)
     hf.check_index()
     check_tokenizer(source, hf.config["vocab_size"])
+    check_companions(source)
     return hf
 
 
@@ -82,12 +85,26 @@ def open_checkpoint(directory: Path, hf_config: Path | None) -> tuple[TorchDistW
                 "if it is Megatron-LM's own, give --hf-config HF_DIR, a directory with the model's config.json and tokenizer",
             )
         manifest = checkpoint.read_manifest(directory)
-        return TorchDistWeights(directory, read_json(directory / "config.json")), directory, manifest["state"].get("dtypes", {})
+        weights = TorchDistWeights(directory, read_json(directory / "config.json"))
+        return weights, directory, _given_dtypes(weights, manifest)
     if not (hf_config / "config.json").is_file():
         raise UserError(f"no config.json in {hf_config}", "give --hf-config a directory with the model's config.json and tokenizer")
-    weights = TorchDistWeights(find_iteration(directory), read_json(hf_config / "config.json"))
+    place = find_iteration(directory)
+    manifest = checkpoint.read_manifest(place) if (place / checkpoint.MANIFEST).is_file() else {"state": {}}  # Megatron-LM's has none
+    weights = TorchDistWeights(place, read_json(hf_config / "config.json"))
     check_tokenizer(hf_config, weights.config["vocab_size"])
-    return weights, hf_config, {}
+    check_companions(hf_config)
+    return weights, hf_config, _given_dtypes(weights, manifest)
+
+
+def _given_dtypes(weights: TorchDistWeights, manifest: dict) -> dict[str, str]:
+    """Of the tensors that were converted from another dtype than they are stored in. Raises UserError for what names no tensor or dtype."""
+    dtypes, known = manifest["state"].get("dtypes", {}), {_name(dtype) for dtype in DTYPES.values()}
+    for name, dtype in dtypes.items():
+        if name not in weights.shapes() or dtype not in known:
+            problem = f"{weights.directory / checkpoint.MANIFEST} gives {name} the dtype {dtype}"
+            raise UserError(f"{problem}, and the model has no such tensor or there is no such dtype", "convert the model again")
+    return dtypes
 
 
 def to_megatron(hf: HuggingFaceWeights, settings: Config, output: Path, place: policy.Topology) -> None:
@@ -96,7 +113,7 @@ def to_megatron(hf: HuggingFaceWeights, settings: Config, output: Path, place: p
     others = {name: _name(dtype) for name, dtype in hf.dtypes().items() if dtype != held}
     shapes = hf.shapes().values()
     total = sum(Kind(shape, held).nbytes for shape in shapes)
-    made_of = {"to": "megatron", "files": fingerprint([hf.directory]), "megatron": versions.version(), "torch": torch.__version__}
+    made_of = {"to": "megatron", "files": stamps([hf.directory]), "megatron": versions.version(), "torch": torch.__version__}
     with Progress(total, f"converting {hf.directory.name}") as progress, resumable(output, made_of, total) as unfinished:
         streamed.write_checkpoint(hf, settings, unfinished, progress)
         copy_companions(hf.directory, unfinished.directory)
@@ -112,11 +129,18 @@ def to_hf(weights: TorchDistWeights, template: Path, dtypes: dict[str, str], out
     total = sum(kind.nbytes for kind in kinds.values())
 
     def get(name: str) -> Tensor:
-        return weights.get(name).to(wanted[name])
+        return _narrowed(weights.get(name), wanted[name])
 
     with Progress(total, f"converting {weights.directory.name}") as progress:
         convert_to_huggingface(output, kinds, get, template, weights.directory, progress)
     _report(output, len(shapes), total, started)
+
+
+def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in the dtype it came in. A bfloat16 is the upper half of its float32; torch's rounding would give a NaN other bits."""
+    if (tensor.dtype, dtype) == (torch.float32, torch.bfloat16):
+        return (tensor.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+    return tensor.to(dtype)
 
 
 class Progress:

@@ -10,7 +10,7 @@ from megatron_nft import policy
 from megatron_nft.convert import checked, one_process, open_checkpoint, settings_of, storage, to_hf, to_megatron
 from megatron_nft.errors import UserError
 from megatron_nft.policy.logits import vocabulary_logprobs
-from megatron_nft.weights import HuggingFaceWeights, load_huggingface
+from megatron_nft.weights import HuggingFaceWeights, NoRoom, load_huggingface
 
 SHOWN = 5  # differing tensors that are named
 TOLERANCE = 1e-4  # of log-probs in float32, over the whole vocabulary at every position
@@ -33,8 +33,12 @@ def verify(source: Path, logits: bool = True) -> None:
     policy.check(settings, window=0)
     with tempfile.TemporaryDirectory(prefix="megatron-nft-verify-") as scratch, one_process() as place:
         there, back = Path(scratch) / "megatron", Path(scratch) / "huggingface"
-        to_megatron(before, settings, there, place)
-        to_hf(*open_checkpoint(there, None), back)
+        try:
+            to_megatron(before, settings, there, place)
+            to_hf(*open_checkpoint(there, None), back)
+        except NoRoom as error:  # which tells of directories that are gone by now
+            problem = f"{tempfile.gettempdir()} has no room for the model and its copy, twice the model's size"
+            raise UserError(problem, "make room there, or set TMPDIR to a directory on another disk") from error
         after = load_huggingface(back)
         after.check_index()
         _report(before, differences(before, after))

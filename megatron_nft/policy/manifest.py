@@ -1,7 +1,7 @@
 """The directory side of checkpoints: what is complete, what is damaged, which are kept. Files only, no model.
 
 A save is written to a hidden directory beside its final name and takes that name when all is in; the manifest, written last, has the
-size and the checksum of every other file. No manifest: not a checkpoint.
+size and the checksum of every other file, and its own checksum. No manifest: not a checkpoint.
 """
 
 import json
@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 CHUNK = 2**24  # bytes read at a time
 _FIELDS = {"layout", "dtype", "optimizer", "files", "state"}
+_OTHER = "use an older checkpoint"
+_OWN = "checksum"  # of the manifest's other fields; manifests of old have none
 Fingerprint = list[int | None]  # size in bytes, CRC-32 (None in manifests of old, for large files)
 
 
@@ -62,9 +64,15 @@ def hidden(directory: Path) -> Path:
 def write(directory: Path, manifest: dict) -> None:
     """Write the manifest, in one move: what makes a directory a checkpoint."""
     partial = directory / (MANIFEST + ".partial")
-    partial.write_text(json.dumps(manifest, indent=1))
+    content = {name: value for name, value in manifest.items() if name != _OWN}
+    partial.write_text(json.dumps(content | {_OWN: _own_checksum(content)}, indent=1))
     sync(partial)
     partial.rename(directory / MANIFEST)
+
+
+def _own_checksum(content: dict) -> int:
+    """CRC-32 of what JSON makes of a manifest: the same before it is written and after it is read."""
+    return zlib.crc32(json.dumps(content).encode())
 
 
 def publish(written: Path, manifest: dict, directory: Path) -> None:
@@ -84,19 +92,23 @@ def publish(written: Path, manifest: dict, directory: Path) -> None:
 
 
 def read_manifest(directory: Path, checksums: bool = True) -> dict:
-    """The manifest of a complete checkpoint; UserError where it is missing, or a file of it is missing or changed.
+    """The manifest of a complete checkpoint; UserError where it is missing or changed, or a file of it is.
 
     checksums=False compares sizes only, which reads nothing but the manifest.
     """
     file = directory / MANIFEST
     if not file.is_file():
         what = f"is no complete checkpoint ({MANIFEST} is missing)" if directory.is_dir() else "is no directory"
-        raise UserError(f"{directory} {what}", "name a step_N directory that has one")
-    manifest = read_json(file)
+        raise UserError(f"{directory} {what}", f"name {newest(directory) or 'a step_N directory that has one'}")
+    manifest = read_json(file, mend=f"{_OTHER}, or, of a converted model, convert it again")
+    written = manifest.pop(_OWN, None)
+    mend = "convert the model again" if _is_converted(manifest) else _OTHER
     if missing := _FIELDS - manifest.keys():
-        raise UserError(f"{file} lacks {min(missing)}", "use an older checkpoint")
+        raise UserError(f"{file} lacks {min(missing)}", mend)
+    if written is not None and written != _own_checksum(manifest):
+        raise UserError(f"the checkpoint {directory} is damaged: {MANIFEST} is not what was written", mend)
     if found := damage(directory, manifest["files"], checksums):
-        raise UserError(found, "use an older one")
+        raise UserError(found, mend)
     return manifest
 
 
@@ -106,6 +118,11 @@ def check_weights(directory: Path) -> None:
     small = {name: mark for name, mark in read_manifest(directory, checksums=False)["files"].items() if not name.endswith(".distcp")}
     if found := damage(directory, small):
         raise UserError(found, "use another one, or convert it again")
+
+
+def _is_converted(manifest: dict) -> bool:
+    """Whether a checkpoint comes from a Hugging Face model, and not from training."""
+    return isinstance(manifest.get("state"), dict) and "dtypes" in manifest["state"]
 
 
 def damage(directory: Path, files: dict[str, Fingerprint], checksums: bool = True) -> str | None:

@@ -222,6 +222,8 @@ def head_weight(model) -> torch.Tensor:
 def rope_settings(hf: dict) -> dict:
     """GPTModel's rope arguments, from transformers 4's (rope_theta, rope_scaling) or 5's (rope_parameters) spelling."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"the model's rope settings in config.json are {rope!r}, no object", "take the model's own config.json")
     theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
     kind = rope.get("rope_type") or rope.get("type") or "default"
     settings = {"rotary_base": theta, "rotary_percent": 1.0}

@@ -16,6 +16,6 @@ FAMILIES = {
 def table_for(hf_config: dict) -> Table:
     """The table of a Hugging Face config.json. Raises UserError for a family without one, or an incomplete config."""
     family = hf_config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"model_type {family!r} is not supported", f"choose a model of one of these families: {', '.join(FAMILIES)}")
     return Table(hf_config, FAMILIES[family])

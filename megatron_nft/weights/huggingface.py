@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_nft.errors import UserError
 from megatron_nft.weights.families import table_for
-from megatron_nft.weights.safetensors_files import AGAIN, DTYPES, Stored, read_header
+from megatron_nft.weights.safetensors_files import AGAIN, DTYPES, Stored, read_header, supported
 from megatron_nft.weights.table import EMBEDDING, HEAD, Table
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -26,7 +26,7 @@ class HuggingFaceWeights:
         self.directory = directory
         self.config = read_json(directory / "config.json")
         self.table = table_for(self.config)
-        self._stored = _open_files(directory)
+        self._stored = _open_files(directory, self.table)
         self._check()
 
     def names(self) -> list[str]:
@@ -35,8 +35,7 @@ class HuggingFaceWeights:
 
     def get(self, name: str) -> Tensor:
         """One tensor, in the file's dtype, on the CPU. Raises UserError for another dtype than dtypes() knows."""
-        if self._stored[name].dtype not in DTYPES:
-            self.dtypes()
+        supported(name, self._stored[name].dtype, self.directory)
         return self._stored[name].read()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -47,8 +46,7 @@ class HuggingFaceWeights:
         """Dtypes as they stand in the files. Raises UserError for one that is not bfloat16, float16 or float32."""
         found = {name: self._stored[name].dtype for name in self.names()}
         for name, dtype in found.items():
-            if dtype not in DTYPES:
-                raise UserError(f"{name} in {self.directory} is stored as {dtype}", "choose a model in bfloat16, float16 or float32")
+            supported(name, dtype, self.directory)
         return {name: DTYPES[dtype] for name, dtype in found.items()}
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -58,7 +56,10 @@ class HuggingFaceWeights:
         """Raise UserError for an index whose total_size is not the size of the tensors it names: the sign of files of several models."""
         if (self.directory / SINGLE).is_file():
             return
-        told = (read_json(self.directory / INDEX).get("metadata") or {}).get("total_size")
+        metadata = read_json(self.directory / INDEX).get("metadata") or {}
+        if not isinstance(metadata, dict):
+            raise UserError(f"{self.directory / INDEX} has no object as its metadata", AGAIN)
+        told = metadata.get("total_size")
         held = sum(stored.nbytes for stored in self._stored.values())
         if told is not None and told != held:
             raise UserError(f"{self.directory / INDEX} says total_size {told}, and the tensors it names have {held} bytes",
@@ -98,7 +99,7 @@ def load_huggingface(directory: str | Path) -> HuggingFaceWeights:
     return HuggingFaceWeights(directory)
 
 
-def _open_files(directory: Path) -> dict[str, Stored]:
+def _open_files(directory: Path, table: Table) -> dict[str, Stored]:
     """Every tensor by its name."""
     if (directory / SINGLE).is_file():
         return read_header(directory / SINGLE)
@@ -116,17 +117,20 @@ def _open_files(directory: Path) -> dict[str, Stored]:
     for name, file in weight_map.items():
         if name not in held[file]:
             raise UserError(f"{directory / INDEX} says {name} is in {file}, which does not hold it", AGAIN)
+    for file, found in held.items():
+        if hidden := [name for name in found if name not in weight_map and not _harmless(name, table)]:
+            raise UserError(f"{directory / file} holds {hidden[0]}, which {INDEX} does not name", AGAIN)
     return {name: held[file][name] for name, file in weight_map.items()}
 
 
-def read_json(file: Path) -> dict:
+def read_json(file: Path, mend: str = AGAIN) -> dict:
     """A JSON object. Raises UserError for anything else in the file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is no JSON ({error})", AGAIN) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no JSON ({error})", mend) from None
     if not isinstance(content, dict):
-        raise UserError(f"{file} is no JSON object", AGAIN)
+        raise UserError(f"{file} is no JSON object", mend)
     return content
 
 

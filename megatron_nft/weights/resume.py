@@ -2,11 +2,13 @@
 
 `OUT` is written as `.OUT.partial` beside it and renamed at the end. In there, `journal/` says what it is made of (names, sizes and times of
 the source's files, and the options) and which files are finished; all of it is left by a killed process. The same command goes on from
-there; with another source it starts anew. A full disk leaves the finished files, too, and says so; any other error leaves nothing.
+there; with another source it starts anew. A full disk, or one with too little room, leaves the finished files, too, and says so; any
+other error leaves nothing. A lock in the journal keeps two conversions from writing one directory.
 """
 
 import base64
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -18,8 +20,17 @@ from megatron_nft.errors import UserError
 
 JOURNAL = "journal"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # file systems that know none
 SPARE = 16 * 2**20  # bytes: config, tokenizer, indices
+
+
+class NoRoom(UserError):
+    """The disk is full, or will be."""
+
+
+class InUse(UserError):
+    """Another process writes the directory."""
 
 
 def check_vacant(directory: Path) -> None:
@@ -33,7 +44,7 @@ def partial_of(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.partial")
 
 
-def fingerprint(directories: Iterable[Path]) -> list:
+def stamps(directories: Iterable[Path]) -> list:
     """Name, size and time of change of every file in the directories: what tells whether a source is the one it was."""
     files = sorted(file for directory in directories for file in directory.iterdir() if file.is_file())
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -64,13 +75,27 @@ class Unfinished:
         names = (note.name.removesuffix(".json") for note in sorted(self._journal.glob("*.json")))
         return [name for name in names if self.finished(name) is not None]
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the directory, and keep other processes out of it. Raises InUse where one is in there."""
+        self._journal.mkdir(parents=True, exist_ok=True)
+        with open(self._journal / "lock", "w") as lock:  # for writing: NFS locks nothing else
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InUse(f"another conversion is writing {self.directory}", "wait for its end, or choose another directory") from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+            yield
+
     def begin(self, source: dict) -> None:
         """Go on with what is there if it was made of this source, or else start anew."""
         told = self._journal / "source"
         made_of = json.dumps(source, indent=1)
         if not (told.is_file() and told.read_text() == made_of):
-            shutil.rmtree(self.directory, ignore_errors=True)
-            self._journal.mkdir(parents=True)
+            for note in self._journal.glob("*.json"):
+                note.unlink()
             _write_whole(told, made_of)
         self.drop_unfinished()
 
@@ -100,23 +125,27 @@ def resumable(directory: Path, source: dict, nbytes: int) -> Iterator[Unfinished
     check_vacant(directory)
     unfinished = Unfinished(partial_of(directory))
     try:
-        unfinished.begin(source)
-        _check_room(directory, unfinished, nbytes)
-        yield unfinished
-        unfinished.close()
-        if directory.exists():
-            directory.rmdir()
-        unfinished.directory.rename(directory)
+        with unfinished.locked():
+            unfinished.begin(source)
+            _check_room(directory, unfinished, nbytes)
+            yield unfinished
+            unfinished.close()
+            if directory.exists():
+                directory.rmdir()
+            unfinished.directory.rename(directory)
+    except InUse:
+        raise
     except Exception as error:
         reason = None if isinstance(error, UserError) else _os_error(error)
-        full = reason is not None and reason.errno in NO_ROOM
+        full = isinstance(error, NoRoom) or (reason is not None and reason.errno in NO_ROOM)
         kept = unfinished.finished_names() if full else []
         if kept:
             unfinished.drop_unfinished()
         else:
             shutil.rmtree(unfinished.directory, ignore_errors=True)
         if full:
-            raise _no_room(directory, reason, kept) from error
+            problem = f"no room to write {directory} ({reason.strerror})" if reason else error.problem
+            raise NoRoom(problem, _mend(directory, kept)) from error
         if reason is not None and reason.errno in NOT_WRITABLE and _on_the_way(Path(reason.filename or ""), unfinished.directory):
             raise UserError(f"{directory} cannot be written ({reason.strerror})", "choose a directory that can") from error
         raise
@@ -127,11 +156,12 @@ def _on_the_way(path: Path, directory: Path) -> bool:
     return path == directory or path in directory.parents or directory in path.parents
 
 
-def _no_room(directory: Path, reason: OSError, kept: list[str]) -> UserError:
-    mend = "make room and run the same command again"
-    if kept:
-        mend += f": it goes on after the {len(kept)} files that are finished in {partial_of(directory)}; or remove that directory"
-    return UserError(f"no room to write {directory} ({reason.strerror})", mend)
+def _mend(directory: Path, kept: list[str]) -> str:
+    if not kept:
+        return "make room and run the same command again, or choose a directory on another disk"
+    partial = partial_of(directory)
+    return (f"make room and run the same command again: it goes on after the {len(kept)} files that are finished in {partial}; "
+            "or remove that directory")  # fmt: skip
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
@@ -145,8 +175,8 @@ def _check_room(directory: Path, unfinished: Unfinished, nbytes: int) -> None:
     done = sum((unfinished.directory / name).stat().st_size for name in unfinished.finished_names())
     need, free = nbytes - done + SPARE, shutil.disk_usage(unfinished.directory).free
     if need > free:
-        raise UserError(f"{directory} needs {need / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free on its disk",
-                        "make room, or choose a directory on another disk")  # fmt: skip
+        problem = f"{directory} needs {need / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free on its disk"
+        raise NoRoom(problem, _mend(directory, unfinished.finished_names()))
 
 
 def _write_whole(file: Path, text: str) -> None:

@@ -21,6 +21,12 @@ _SIZES |= {name: dtype.itemsize for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000  # bytes, safetensors' own
 
 
+def supported(name: str, dtype: object, where: Path) -> None:
+    """Raise UserError for a tensor of `where` whose dtype, by torch's or safetensors' name, is none that a model here may have."""
+    if dtype not in DTYPES and dtype not in _NAMES:
+        raise UserError(f"{name} in {where} is stored as {dtype}", "choose a model in bfloat16, float16 or float32")
+
+
 @dataclass(frozen=True)
 class Stored:
     """Where a tensor lies."""

@@ -1,9 +1,10 @@
 """What a directory's tokenizer files say of their number of tokens, read without a tokenizer library."""
 
-import json
 from pathlib import Path
 
 from megatron_nft.errors import UserError
+from megatron_nft.weights.huggingface import read_json
+from megatron_nft.weights.safetensors_files import AGAIN
 
 FAST, VOCABULARY, ADDED = "tokenizer.json", "vocab.json", "added_tokens.json"
 
@@ -23,13 +24,13 @@ def check_tokenizer(directory: Path, rows: int) -> None:
 
 
 def _ids(file: Path) -> list[int]:
-    """Token ids in a file."""
+    """Token ids in a file. Raises UserError for one that is not of the form its name says."""
+    content = read_json(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is no JSON ({error})", "download or copy the model again") from None
-    if file.name != FAST:
-        return [number for number in content.values() if isinstance(number, int)]
-    vocabulary = (content.get("model") or {}).get("vocab") or {}
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))  # a list: by place
-    return ids + [token["id"] for token in content.get("added_tokens") or []]
+        if file.name != FAST:
+            return [number for number in content.values() if isinstance(number, int)]
+        vocabulary = (content.get("model") or {}).get("vocab") or {}
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))  # a list: by place
+        return [int(number) for number in ids + [token["id"] for token in content.get("added_tokens") or []]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} has not the form of a tokenizer ({error!r})", AGAIN) from None

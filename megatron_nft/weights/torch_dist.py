@@ -16,6 +16,7 @@ from megatron_nft.errors import UserError
 from megatron_nft.weights.families import table_for
 from megatron_nft.weights.huggingface import read_json
 from megatron_nft.weights.keys import Place, find_places, megatron_shapes
+from megatron_nft.weights.safetensors_files import supported
 
 METADATA, BACKEND, LATEST = ".metadata", "metadata.json", "latest_checkpointed_iteration.txt"
 OLDER = "use an older checkpoint"
@@ -58,10 +59,12 @@ class TorchDistWeights:
             metadata = self._reader.read_metadata()
             self._reader.set_up_storage_reader(metadata, is_coordinator=True)
             entries = metadata.state_dict_metadata
+            self._tensors = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+            sizes = {key: tuple(entry.size) for key, entry in self._tensors.items()}
+            for entry in self._tensors.values():  # all that is read of it later
+                _ = entry.properties.dtype, [(tuple(chunk.offsets), chunk.sizes.numel()) for chunk in entry.chunks]
         except Exception as error:  # a damaged pickle raises anything
             raise UserError(f"the checkpoint {directory} is damaged: {METADATA} cannot be read ({error!r})", OLDER) from error
-        self._tensors = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-        sizes = {key: tuple(entry.size) for key, entry in self._tensors.items()}
         self._places = find_places(sizes, self.table, str(directory))
         self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}  # by key and leading numbers
         self._parts: tuple[str, dict[str, Tensor]] = ("", {})  # the last tensor that get() split
@@ -78,8 +81,11 @@ class TorchDistWeights:
         return self.table.hf_shapes()
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Dtypes as stored, under Hugging Face names."""
-        return {name: self._tensors[self._places[entry][0].key].properties.dtype for name, entry in self._megatron.items()}
+        """Dtypes as stored, under Hugging Face names. Raises UserError for one that is not bfloat16, float16 or float32."""
+        found = {name: self._tensors[self._places[entry][0].key].properties.dtype for name, entry in self._megatron.items()}
+        for name, dtype in found.items():
+            supported(name, dtype, self.directory)
+        return found
 
     def get(self, name: str) -> Tensor:
         """A tensor by its Hugging Face name, on the CPU. Neighbours that share a Megatron tensor are best asked for in turn."""

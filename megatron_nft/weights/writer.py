@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_nft.errors import UserError
 from megatron_nft.weights.huggingface import INDEX, SINGLE, read_json
-from megatron_nft.weights.resume import Unfinished, check_vacant, fingerprint, partial_of, resumable
+from megatron_nft.weights.resume import Unfinished, check_vacant, partial_of, resumable, stamps
 from megatron_nft.weights.safetensors_files import Kind, write_file
 
 # config, tokenizer and chat template, copied from the template to a written directory; config.json is always there
@@ -84,7 +84,7 @@ def convert_to_huggingface(
     """
     directory, template = directory.resolve(), template.resolve()
     shards = _plan(kinds, max_shard_bytes)
-    made_of = {"to": "huggingface", "files": fingerprint({template, source}), "max_shard_bytes": max_shard_bytes}
+    made_of = {"to": "huggingface", "files": stamps({template, source}), "max_shard_bytes": max_shard_bytes}
     total = sum(kind.nbytes for kind in kinds.values())
     with resumable(directory, made_of, total) as unfinished:
         for file, names in shards.items():
@@ -170,10 +170,21 @@ def _name_shards(directory: Path, shards: list[list[str]], total_bytes: int) -> 
 
 def copy_companions(template: Path, directory: Path) -> None:
     """Copy what belongs to a model besides its tensors: config, generation settings, tokenizer, chat template."""
-    for pattern in COMPANIONS:
-        for source in template.glob(pattern):
-            copy = shutil.copytree if source.is_dir() else shutil.copyfile
-            copy(source, directory / source.name)
+    for source in _companions(template):
+        copy = shutil.copytree if source.is_dir() else shutil.copyfile
+        copy(source, directory / source.name)
+
+
+def check_companions(template: Path) -> None:
+    """Raise OSError for a file that copy_companions could not read: said before a conversion, not at its end."""
+    for source in _companions(template):
+        for file in source.rglob("*") if source.is_dir() else [source]:
+            if not file.is_dir():
+                file.open("rb").close()
+
+
+def _companions(template: Path) -> list[Path]:
+    return [source for pattern in COMPANIONS for source in template.glob(pattern)]
 
 
 def _name_dtype(file: Path, dtypes: set[torch.dtype]) -> None:

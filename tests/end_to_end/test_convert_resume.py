@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -173,9 +174,53 @@ def test_too_little_room_is_seen_beforehand(pair, tmp_path, capsys, monkeypatch,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_place_that_cannot_be_written(pair, capsys, kind):
+def test_too_little_room_to_go_on_keeps_finished_files(pair, tmp_path, capsys, monkeypatch, small_files, kind):
+    with monkeypatch.context() as patch:
+        finishing(patch, after=2, then=interrupt)
+        assert cli.main(["convert", kind, str(pair[kind]), str(tmp_path / "out")]) == 130
+    partial = tmp_path / ".out.partial"
+    assert "the same command goes on after the files that are finished" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
+        line = refused(capsys, kind, pair[kind], tmp_path / "out")
+    assert "needs 0.02 GB more" in line and f"it goes on after the 2 files that are finished in {partial}" in line
+    assert len([path for path in partial.iterdir() if path.name != resume.JOURNAL]) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_at_once_do_not_write_one_directory(pair, tmp_path, capsys, monkeypatch, small_files, kind):
+    """The second is told, and takes nothing away from the first."""
+    with monkeypatch.context() as patch:
+        finishing(patch, after=2, then=interrupt)
+        assert cli.main(["convert", kind, str(pair[kind]), str(tmp_path / "out")]) == 130
+    capsys.readouterr()
+    partial = tmp_path / ".out.partial"
+    with resume.Unfinished(partial).locked():
+        before = files(partial)
+        assert f"another conversion is writing {partial}" in refused(capsys, kind, pair[kind], tmp_path / "out")
+        assert files(partial) == before
+    assert cli.main(["convert", kind, str(pair[kind]), str(tmp_path / "out")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_link_as_output(pair, tmp_path, capsys, kind):
+    """What it points to is written, there already or not; and a path that ends in .. names what it means."""
+    (tmp_path / "there").mkdir()
+    for name in ("there", "new"):
+        (tmp_path / f"to_{name}").symlink_to(name)
+        assert cli.main(["convert", kind, str(pair[kind]), str(tmp_path / f"to_{name}")]) == 0
+        assert (tmp_path / name / "config.json").is_file() and (tmp_path / f"to_{name}").is_symlink()
+    assert f"{tmp_path} exists already" in refused(capsys, kind, pair[kind], tmp_path / "there" / "..")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_place_that_cannot_be_written(pair, tmp_path, capsys, kind):
     for place in ("/proc/model", "/proc/models/of/mine"):
         assert f"{place} cannot be written" in refused(capsys, kind, pair[kind], place)
+    for name in ("n" * 250, "n" * 300):
+        assert "File name too long" in refused(capsys, kind, pair[kind], tmp_path / name)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_source_that_breaks_on_the_way_leaves_nothing(pair, tmp_path, capsys, monkeypatch, small_files):
@@ -233,6 +278,18 @@ def test_verify_without_logits(pair, capsys, monkeypatch):
         monkeypatch.setattr(verify, "_available", lambda: 1e9)
         assert cli.main(["convert", "verify", str(pair["hf-to-megatron"]), *arguments]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == f"log-probs and greedy text were not compared: {reason}"
+
+
+def test_verify_without_room_names_the_place(pair, capsys, monkeypatch):
+    monkeypatch.setattr(resume.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
+    line = refused(capsys, "verify", pair["hf-to-megatron"])
+    assert f"{tempfile.gettempdir()} has no room" in line and "set TMPDIR" in line and "megatron-nft-verify" not in line
+
+
+def test_an_interrupted_verify_has_nothing_to_go_on_from(pair, capsys, monkeypatch):
+    finishing(monkeypatch, after=1, then=interrupt)
+    assert cli.main(["convert", "verify", str(pair["hf-to-megatron"])]) == 130
+    assert capsys.readouterr().err == "megatron-nft: interrupted\n"
 
 
 def test_progress_is_told_in_megabytes(capsys):

@@ -35,3 +35,4 @@ def test_the_script_runs():
     assert done.returncode == 0, done.stderr[-3000:]
     for line in ("tiny: 26 tensors", "plain copy", "whole / (stream + reload)", "stages of the stream, two tensor-parallel ranks"):
         assert line in done.stdout, done.stdout
+    assert "target" not in done.stdout, "targets are for models of real size"

@@ -55,6 +55,42 @@ def test_a_changed_byte_shows_in_the_checksum(tmp_path, monkeypatch):
         manifest.read_manifest(directory)
 
 
+def test_a_changed_bit_of_the_manifest_shows(tmp_path):
+    """Everywhere: what is read is what was written, or it is refused."""
+    directory = write(tmp_path, 1, score=0.1, text="ä")
+    content = manifest.read_manifest(directory)
+    manifest.write(directory, content)
+    file = directory / manifest.MANIFEST
+    written = file.read_bytes()
+    refused = 0
+    for place in range(len(written)):
+        file.write_bytes(written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :])
+        try:
+            found = manifest.read_manifest(directory)
+        except UserError:
+            refused += 1
+        else:
+            assert {name: found[name] for name in content} == content, place
+    assert refused > len(written) / 2
+
+
+def test_what_to_do_with_a_damaged_one(tmp_path):
+    """A converted one is made again; of a run's directory the newest one is named."""
+    trained, converted = write(tmp_path, 1), write(tmp_path, 2, dtypes={})
+    for directory, mend in (trained, "use an older checkpoint"), (converted, "convert the model again"):
+        with pytest.raises(UserError, match=f"{tmp_path} is no complete checkpoint .*: name {converted}"):
+            manifest.read_manifest(tmp_path)
+        part = directory / "part.distcp"
+        content = part.read_bytes()
+        part.write_bytes(b"weights")
+        with pytest.raises(UserError, match=f"part.distcp is not what was written: {mend}"):
+            manifest.read_manifest(directory)
+        part.write_bytes(content)
+    (trained / manifest.MANIFEST).write_text("{")
+    with pytest.raises(UserError, match="no JSON .*: use an older checkpoint, or, of a converted model, convert it again"):
+        manifest.read_manifest(trained)
+
+
 def test_a_manifest_of_old_has_no_checksum_of_a_large_file(tmp_path):
     directory = write(tmp_path, 1)
     content = json.loads((directory / manifest.MANIFEST).read_text())

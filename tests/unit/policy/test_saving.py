@@ -212,7 +212,7 @@ def rewrite(directory: Path, index) -> None:
     (directory / ".metadata").write_bytes(pickle.dumps(index))
     content = json.loads((directory / manifest.MANIFEST).read_text())
     content["files"][".metadata"] = manifest.fingerprint(directory / ".metadata")
-    (directory / manifest.MANIFEST).write_text(json.dumps(content))
+    manifest.write(directory, content)
 
 
 def test_a_key_taken_out_of_the_index(model, tmp_path):

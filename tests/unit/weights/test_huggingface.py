@@ -112,6 +112,21 @@ def test_unknown_dtype_is_named_when_asked_for(model):
         load_huggingface(model).dtypes()
 
 
+def test_a_tied_head_of_unknown_dtype(model):
+    rewrite(model, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].double()}))
+    refused(model, "lm_head.weight in", "is stored as F64")
+
+
+def test_index_that_hides_tensors(shards):
+    """But not those that say nothing new."""
+    file = shards / json.loads((shards / INDEX).read_text())["weight_map"][NORM]
+    tensors = load_file(file)
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, file, metadata={"format": "pt"})
+    load_huggingface(shards)
+    save_file(tensors | {"model.layers.9.input_layernorm.weight": torch.ones(32)}, file, metadata={"format": "pt"})
+    refused(shards, file.name, "holds model.layers.9.input_layernorm.weight, which", "does not name")
+
+
 def test_index_that_is_no_index(shards):
     edit(shards / INDEX, lambda index: index.pop("weight_map"))
     refused(shards, INDEX, "no weight_map")

@@ -115,6 +115,22 @@ def test_every_form_of_the_keys(source, tmp_path, stacked, halves):
         assert torch.equal(read.megatron(name), source.table.to_megatron(name, source.get)), name
 
 
+def test_a_dtype_that_no_model_here_has(llama, tmp_path):
+    tensors = megatron_keys(llama[0], stacked=True, halves=False)
+    read = TorchDistWeights(write(tmp_path / "it", {key: tensor.double() for key, tensor in tensors.items()}), llama[0].config)
+    with pytest.raises(UserError, match="is stored as torch.float64: choose a model in bfloat16, float16 or float32"):
+        read.dtypes()
+
+
+@pytest.mark.parametrize("field", [b"offsets", b"sizes", b"properties"])
+def test_an_index_with_a_changed_field(llama, tmp_path, field):
+    """It is still a pickle, of objects that lack something."""
+    file = shutil.copytree(llama[1], tmp_path / "it") / ".metadata"
+    file.write_bytes(file.read_bytes().replace(field, b"X" * len(field)))
+    with pytest.raises(UserError, match="is damaged: .metadata cannot be read"):
+        TorchDistWeights(file.parent, llama[0].config)
+
+
 def test_only_what_is_asked_for_is_read(llama, monkeypatch):
     """A tensor among the layers' stacked ones is read alone: no more than its own pieces are opened."""
     from torch.distributed.checkpoint import FileSystemReader
