@@ -25,8 +25,8 @@ MANIFEST = "manifest.json"
 CHUNK = 2**24  # bytes read at a time
 _FIELDS = {"layout", "dtype", "optimizer", "files", "state"}
 _OTHER = "use an older checkpoint"
-_OWN = "checksum"  # of the manifest's other fields; manifests of old have none
-Fingerprint = list[int | None]  # size in bytes, CRC-32 (None in manifests of old, for large files)
+_OWN = "checksum"  # of the manifest's other fields
+Fingerprint = list[int]  # size in bytes, CRC-32
 
 
 def fingerprint(file: Path) -> Fingerprint:
@@ -101,11 +101,11 @@ def read_manifest(directory: Path, checksums: bool = True) -> dict:
         what = f"is no complete checkpoint ({MANIFEST} is missing)" if directory.is_dir() else "is no directory"
         raise UserError(f"{directory} {what}", f"name {newest(directory) or 'a step_N directory that has one'}")
     manifest = read_json(file, mend=f"{_OTHER}, or, of a converted model, convert it again")
-    written = manifest.pop(_OWN, None)
+    written = manifest.pop(_OWN, None)  # none in what is no manifest of ours, or is damaged right there
     mend = "convert the model again" if _is_converted(manifest) else _OTHER
     if missing := _FIELDS - manifest.keys():
         raise UserError(f"{file} lacks {min(missing)}", mend)
-    if written is not None and written != _own_checksum(manifest):
+    if written != _own_checksum(manifest):
         raise UserError(f"the checkpoint {directory} is damaged: {MANIFEST} is not what was written", mend)
     if found := damage(directory, manifest["files"], checksums):
         raise UserError(found, mend)
@@ -132,7 +132,7 @@ def damage(directory: Path, files: dict[str, Fingerprint], checksums: bool = Tru
         if not part.is_file():
             return f"the checkpoint {directory} is damaged: {name} is missing"
         same = part.stat().st_size == size
-        if same and checksums and checksum is not None:
+        if same and checksums:
             same = fingerprint(part) == [size, checksum]
         if not same:
             return f"the checkpoint {directory} is damaged: {name} is not what was written"

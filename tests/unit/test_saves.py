@@ -1,6 +1,5 @@
 """What a run does about its checkpoints: scores, failures, and what it says."""
 
-import json
 from pathlib import Path
 from unittest import mock
 
@@ -36,7 +35,7 @@ class FakeModel:
         if not self.full:
             directory.mkdir(parents=True)
             content = {"layout": {}, "dtype": "float32", "optimizer": True, "files": {}, "state": state}
-            (directory / manifest.MANIFEST).write_text(json.dumps(content))
+            manifest.write(directory, content)
             then()
         return Saved(directory, 0.01, 2.0, "No space left on device" if self.full else None)
 
