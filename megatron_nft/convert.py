@@ -32,7 +32,6 @@ from megatron_nft.weights import (
     resumable,
     stamps,
 )
-from megatron_nft.weights.safetensors_files import DTYPES
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -86,7 +85,7 @@ def open_checkpoint(directory: Path, hf_config: Path | None) -> tuple[TorchDistW
             )
         manifest = checkpoint.read_manifest(directory)
         weights = TorchDistWeights(directory, read_json(directory / "config.json"))
-        return weights, directory, _given_dtypes(weights, manifest)
+        return weights, directory, manifest["state"].get("dtypes", {})
     if not (hf_config / "config.json").is_file():
         raise UserError(f"no config.json in {hf_config}", "give --hf-config a directory with the model's config.json and tokenizer")
     place = find_iteration(directory)
@@ -94,17 +93,7 @@ def open_checkpoint(directory: Path, hf_config: Path | None) -> tuple[TorchDistW
     weights = TorchDistWeights(place, read_json(hf_config / "config.json"))
     check_tokenizer(hf_config, weights.config["vocab_size"])
     check_companions(hf_config)
-    return weights, hf_config, _given_dtypes(weights, manifest)
-
-
-def _given_dtypes(weights: TorchDistWeights, manifest: dict) -> dict[str, str]:
-    """Of the tensors that were converted from another dtype than they are stored in. Raises UserError for what names no tensor or dtype."""
-    dtypes, known = manifest["state"].get("dtypes", {}), {_name(dtype) for dtype in DTYPES.values()}
-    for name, dtype in dtypes.items():
-        if name not in weights.shapes() or dtype not in known:
-            problem = f"{weights.directory / checkpoint.MANIFEST} gives {name} the dtype {dtype}"
-            raise UserError(f"{problem}, and the model has no such tensor or there is no such dtype", "convert the model again")
-    return dtypes
+    return weights, hf_config, manifest["state"].get("dtypes", {})
 
 
 def to_megatron(hf: HuggingFaceWeights, settings: Config, output: Path, place: policy.Topology) -> None:
