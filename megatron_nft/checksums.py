@@ -34,5 +34,9 @@ def differing(of_trainer: Checksums, of_sampler: Checksums) -> tuple[list[str], 
             continue
         compared |= names
         if (sum(of_trainer[part].total for part in parts) - held.total) % 2**64:
-            found.append(" + ".join(sorted(names)))
+            found.append(_together(sorted(names)))
     return found, compared
+
+
+def _together(names: list[str]) -> str:
+    return " + ".join(names) if len(names) <= 3 else f"{names[0]} + ... + {names[-1]} ({len(names)} tensors in one)"

@@ -28,6 +28,9 @@ def test_fused_tensors_are_compared_with_their_parts():
     apart = {frozenset("q"): of(q), frozenset("k"): of(k), frozenset("v"): of(v)}
     assert differing(apart, {frozenset("qkv"): of(q, k, v)}) == ([], frozenset("qkv"))
     assert differing(apart, {frozenset("qkv"): of(q, k, v + 1)}) == (["k + q + v"], frozenset("qkv"))
+    experts = {frozenset([f"experts.{i}"]): of(q + i) for i in range(8)}
+    fused = {frozenset(f"experts.{i}" for i in range(8)): of(q)}
+    assert differing(experts, fused)[0] == ["experts.0 + ... + experts.7 (8 tensors in one)"]
 
 
 def test_what_cannot_be_compared_is_passed_over():
