@@ -26,6 +26,8 @@ def check(config: Config, window: int) -> None:
     for key in ("rms_norm_eps", "max_position_embeddings"):
         if hf.get(key) is None:
             raise UserError(f"config.json in {config.model.path} has no {key}", "take the model's complete config.json")
+        if not isinstance(hf[key], int | float):
+            raise UserError(f"{key} in {config.model.path} is {hf[key]!r}, no number", "take the model's own config.json")
     check_layout(hf, config)
     _check_kind(hf)
     topology.check(config.parallel, topology.world_size())

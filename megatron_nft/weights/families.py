@@ -18,4 +18,7 @@ def table_for(hf_config: dict) -> Table:
     family = hf_config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"model_type {family!r} is not supported", f"choose a model of one of these families: {', '.join(FAMILIES)}")
-    return Table(hf_config, FAMILIES[family])
+    try:
+        return Table(hf_config, FAMILIES[family])
+    except TypeError as error:  # a setting of the family's own that is no number, or no list of them
+        raise UserError(f"config.json is not of a {family} model's form ({error})", "take the model's own config.json") from error

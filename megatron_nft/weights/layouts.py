@@ -59,7 +59,7 @@ class Sizes:
             ffn=number("intermediate_size"),
             heads=heads,
             groups=groups,
-            head=config.get("head_dim") or hidden // heads,
+            head=number("head_dim") if config.get("head_dim") else hidden // heads,
             vocabulary=number("vocab_size"),
             tied=bool(config.get("tie_word_embeddings", False)),
             experts=experts,

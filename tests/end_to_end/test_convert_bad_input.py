@@ -85,6 +85,12 @@ WRONG = {
     **{f"tokenizer {content}": (write("tokenizer.json", content), "tokenizer.json ") for content in TOKENIZERS},
     "vocab.json": (write("vocab.json", [1]), "vocab.json is no JSON object"),
     "family": (change("config.json", model_type=["qwen2"]), "model_type ['qwen2'] is not supported"),
+    "head_dim": (change("config.json", head_dim={"a": 1}), "head_dim in config.json is {'a': 1}"),
+    "window": (change("config.json", max_position_embeddings="x"), "is 'x', no number"),
+    "experts": (
+        change("config.json", model_type="qwen3_moe", num_experts=4, moe_intermediate_size=8, mlp_only_layers=5),
+        "config.json is not of a qwen3_moe model's form",
+    ),
     "rope": (change("config.json", rope_parameters="x"), "rope settings in config.json are 'x'"),
     "dangling": (dangling, "tokenizer_config.json cannot be read or written (No such file or directory)"),
 }
