@@ -123,7 +123,7 @@ class Run:
         if self.engine.rounds_head:
             self.log.note("this vLLM rounds its logits to 16 bits (it has no head_dtype), the trainer does not: watch logprob_difference")
         self.sampler = rollout.Sampler(self.engine, self.judge, self.cursor, config)
-        self.check = SelfCheck(self.policy, self.engine, [given.prompts[i] for i in range(min(len(given.prompts), 64))], config)
+        self.check = SelfCheck(self.policy, self.engine, given.prompts.prompts, config)
         self.sync(self.first_step)
 
     def __enter__(self) -> Self:
