@@ -85,7 +85,6 @@ def _train(arguments: argparse.Namespace) -> None:
     settings, sources = config.load_with_sources(arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(config.describe(settings, sources), flush=True)
-    if arguments.dry_run:
         from megatron_nft import trainer
 
         trainer.dry_run(settings)

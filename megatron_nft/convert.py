@@ -32,6 +32,7 @@ from megatron_nft.weights import (
     resumable,
     stamps,
 )
+from megatron_nft.weights.torch_dist import BACKEND, LATEST
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -181,7 +182,7 @@ def _one_rank_only() -> None:
 
 
 def _looks_like_megatron_lm(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in ("latest_checkpointed_iteration.txt", "metadata.json"))
+    return any((directory / name).is_file() for name in (LATEST, BACKEND))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -11,3 +11,10 @@ class UserError(Exception):
     def __init__(self, problem: str, mend: str):
         super().__init__(f"{problem}: {mend}")
         self.problem, self.mend = problem, mend
+
+
+def os_error_behind(error: BaseException | None) -> OSError | None:
+    """The operating system's error that an error comes from: torch's writers hide it behind one of their own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error

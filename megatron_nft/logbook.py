@@ -6,8 +6,6 @@ A row is one step: every metric added and every second of a stage since the last
 long a save took that ended in the step, from its start until it was complete; what the loop waited for it is in `time/checkpoint`.
 """
 
-import errno
-import fcntl
 import json
 import os
 import re
@@ -22,6 +20,7 @@ from tqdm import tqdm
 
 from megatron_nft.config import LoggingConfig
 from megatron_nft.errors import UserError
+from megatron_nft.locks import exclusive
 
 METRICS = "metrics.jsonl"
 
@@ -251,10 +250,11 @@ def remove_later(directory: Path, last_step: int) -> None:
             file.unlink()
 
 
-def writable(directory: Path) -> bool:
-    """Whether the directory can be written or made."""
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK)
+def check_writable(run_dir: str | Path) -> None:
+    """Raise UserError for a run directory that cannot be written or made."""
+    existing = next(path for path in (Path(run_dir), *Path(run_dir).absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise UserError(f"run_dir {run_dir} cannot be written", "choose a directory of your own on a disk that can be written")
 
 
 @contextmanager
@@ -264,20 +264,13 @@ def held(run_dir: str | Path) -> Iterator[None]:
 
     Raises UserError where another run holds it, and where it cannot be written. A file system without locks holds nobody off.
     """
-    if not writable(Path(run_dir)):
-        raise UserError(f"run_dir {run_dir} cannot be written", "choose a directory of your own on a disk that can be written")
+    check_writable(run_dir)
     if os.environ.get("RANK", "0") != "0":
         yield
         return
     Path(run_dir).mkdir(parents=True, exist_ok=True)
-    with open(Path(run_dir) / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"run_dir {run_dir} is in use by another run", "wait until it has ended, or choose another run_dir") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                raise
+    in_use = UserError(f"run_dir {run_dir} is in use by another run", "wait until it has ended, or choose another run_dir")
+    with exclusive(Path(run_dir) / ".lock", in_use):
         yield
 
 

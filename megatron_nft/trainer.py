@@ -11,7 +11,7 @@ from typing import Self
 from megatron_nft import batching, evaluation, objectives, policy, prompts, rollout, saves
 from megatron_nft.config import Config, max_model_len, save
 from megatron_nft.errors import UserError
-from megatron_nft.logbook import Logbook, held, remove_later, writable
+from megatron_nft.logbook import Logbook, check_writable, held, remove_later
 from megatron_nft.policy import checkpoint, exchange
 from megatron_nft.prompts import Cursor, PromptSet
 from megatron_nft.rewards import Judge
@@ -83,8 +83,7 @@ def check_together(config: Config) -> None:
             "raise it, or lower one of them",
         )
     rollout.check_world(config.rollout, policy.world_size())
-    if not writable(Path(config.run_dir)):
-        raise UserError(f"run_dir {config.run_dir} cannot be written", "choose a directory of your own on a disk that can be written")
+    check_writable(config.run_dir)
 
 
 class Run:

@@ -33,7 +33,7 @@ def start(saver: Saver, directory: Path, policy, state: dict, then: Callable[[],
     files, `state`.
     """
     dtype = str(policy.module.config.params_dtype).removeprefix("torch.")
-    about = {"layout": _layout(policy), "dtype": dtype, "optimizer": _trainable(policy), "state": state}
+    about = {"layout": layout_of(policy.topology), "dtype": dtype, "optimizer": _trainable(policy), "state": state}
 
     def make_state() -> dict:
         return sharded_state(policy, loading=False) | {"content_metadata": dict(METADATA)}
@@ -83,7 +83,7 @@ def _load(directory: Path, policy) -> dict:
     manifest = read_manifest(directory, checksums=False)
     if _trainable(policy) and not manifest["optimizer"]:
         raise UserError(f"{directory} holds weights without an optimizer", "name a checkpoint of a training run")
-    layout = _layout(policy)
+    layout = layout_of(policy.topology)
     if _trainable(policy):
         check_experts(directory, manifest["layout"], layout)
     wanted = sharded_state(policy, loading=True)
@@ -226,10 +226,6 @@ def _live(policy) -> list[torch.Tensor]:
             tensors += [p for group in groups for p in group["params"]]
             tensors += [t for state in one.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
     return tensors
-
-
-def _layout(policy) -> dict:
-    return layout_of(policy.topology)
 
 
 def layout_of(t: Topology) -> dict:

@@ -17,11 +17,10 @@ from pathlib import Path
 
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError
-from megatron_nft.weights import read_json
+from megatron_nft.weights import MANIFEST, read_json
 
 _log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 CHUNK = 2**24  # bytes read at a time
 _FIELDS = {"layout", "dtype", "optimizer", "files", "state"}
 _OTHER = "use an older checkpoint"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_nft.errors import UserError
+from megatron_nft.errors import UserError, os_error_behind
 from megatron_nft.policy import cpu, files, manifest, versions
 from megatron_nft.weights import copy_companions
 
@@ -201,7 +201,7 @@ class Saver:
 
     def _told(self, error: Exception) -> Problem:
         self._fault = error
-        disk = _disk_error(error)
+        disk = os_error_behind(error)
         if disk is None:
             return Problem(f"rank {dist.get_rank()}: {error!r}", of_disk=False)
         where = f" ({disk.filename})" if disk.filename else ""
@@ -230,10 +230,3 @@ def _complete(written: Path, directory: Path, snapshot: Snapshot, writer, metada
     known |= manifest.secured(written, others)
     manifest.publish(written, snapshot.about | {"files": dict(sorted(known.items()))}, directory)
     snapshot.then()
-
-
-def _disk_error(error: BaseException | None) -> OSError | None:
-    """The error of the file system behind an error: torch's writer hides it behind one of its own."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error

@@ -104,9 +104,7 @@ def causal_varlen_attention(scale: float | None = None, function: Callable | Non
 
 def values_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The parameter's data as a plain tensor: one kept in FP8 (model.fp8_param_gather) becomes bf16."""
-    from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
-
-    return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter.data
+    return plain(parameter).data
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

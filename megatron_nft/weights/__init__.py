@@ -9,7 +9,7 @@ from megatron_nft.weights.huggingface import HuggingFaceWeights, load_huggingfac
 from megatron_nft.weights.layouts import padded_vocab_size
 from megatron_nft.weights.resume import NoRoom, Unfinished, check_vacant, resumable, stamps
 from megatron_nft.weights.safetensors_files import Kind
-from megatron_nft.weights.source import is_checkpoint, load_weights, read_buckets
+from megatron_nft.weights.source import MANIFEST, is_checkpoint, load_weights, read_buckets
 from megatron_nft.weights.stream import stream
 from megatron_nft.weights.table import Entry, Table, expert_number, with_expert
 from megatron_nft.weights.tokenizer import check_tokenizer
@@ -17,6 +17,7 @@ from megatron_nft.weights.torch_dist import TorchDistWeights, find_iteration
 from megatron_nft.weights.writer import check_companions, convert_to_huggingface, copy_companions, save_huggingface, whole_or_nothing
 
 __all__ = [
+    "MANIFEST",
     "Bucket",
     "Buffers",
     "Entry",

@@ -8,7 +8,6 @@ other error leaves nothing. A lock in the journal keeps two conversions from wri
 
 import base64
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -16,12 +15,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_nft.errors import UserError
+from megatron_nft.errors import UserError, os_error_behind
+from megatron_nft.locks import exclusive
 
 JOURNAL = "journal"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # file systems that know none
 SPARE = 16 * 2**20  # bytes: config, tokenizer, indices
 
 
@@ -79,14 +78,8 @@ class Unfinished:
     def locked(self) -> Iterator[None]:
         """Make the directory, and keep other processes out of it. Raises InUse where one is in there."""
         self._journal.mkdir(parents=True, exist_ok=True)
-        with open(self._journal / "lock", "w") as lock:  # for writing: NFS locks nothing else
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InUse(f"another conversion is writing {self.directory}", "wait for its end, or choose another directory") from None
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
+        in_use = InUse(f"another conversion is writing {self.directory}", "wait for its end, or choose another directory")
+        with exclusive(self._journal / "lock", in_use):
             yield
 
     def begin(self, source: dict) -> None:
@@ -136,7 +129,7 @@ def resumable(directory: Path, source: dict, nbytes: int) -> Iterator[Unfinished
     except InUse:
         raise
     except Exception as error:
-        reason = None if isinstance(error, UserError) else _os_error(error)
+        reason = None if isinstance(error, UserError) else os_error_behind(error)
         full = isinstance(error, NoRoom) or (reason is not None and reason.errno in NO_ROOM)
         kept = unfinished.finished_names() if full else []
         if kept:
@@ -162,13 +155,6 @@ def _mend(directory: Path, kept: list[str]) -> str:
     partial = partial_of(directory)
     return (f"make room and run the same command again: it goes on after the {len(kept)} files that are finished in {partial}; "
             "or remove that directory")  # fmt: skip
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error that an error comes from: torch wraps it."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _check_room(directory: Path, unfinished: Unfinished, nbytes: int) -> None:

@@ -5,17 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distributed.test_layouts import CONFIG as LAYOUTS_CONFIG
 from tests.support import run_ranks, tiny_model
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
-CONFIG = """
-run_dir: unused
-model: {path: unset}
-train: {prompts_per_update: 2, tokens_per_micro_batch: 64}
-rollout: {n: 4, prompts_per_step: 4}
-objective: {reduction_constant: 100.0}
-optimizer: {lr: 1.0e-2, adam_eps: 1.0e-3, clip_grad: 1.0, weight_decay: 0.01}
-"""
+CONFIG = LAYOUTS_CONFIG.replace("lr: 1.0, adam_eps: 1.0,", "lr: 1.0e-2, adam_eps: 1.0e-3,")
 EXPERTS = ["parallel.expert_model_parallel_size=2"]
 TP2, PP2 = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
 SAVED_AS = {"PP2": "saved", "TP2": "saved", "DP2": "saved", "one rank": "saved", "experts TP2": "experts EP2"}
