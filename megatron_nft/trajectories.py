@@ -41,12 +41,19 @@ class Response:
 
     token_ids: list[int]
     logprobs: list[float]  # log pi_sampler of each token, at the sampling temperature
-    finish_reason: str  # "stop" or "length"
-    weight_version: int  # of the sampler's weights: the number of weight updates before it
+    finish_reason: str  # "stop", "length", or "unfinished": what there is so far of an answer that will go on
+    weight_version: int  # of the sampler's weights at its first token: the number of weight updates before it
     text: str
     loss_mask: list[int] | None = None  # None: every token counts
     verdict: Verdict | None = None
     penalty: float = 0.0  # <= 0, e.g. overlong; kept apart from the verdict
+    later_versions: list[tuple[int, int]] | None = None  # (first token, weight version) where the weights changed within the answer
+
+    @property
+    def versions(self) -> list[int]:
+        """The weight version that each token was sampled with."""
+        starts = [(0, self.weight_version), *(self.later_versions or ()), (len(self.token_ids), 0)]
+        return [version for (first, version), (end, _) in zip(starts, starts[1:]) for _ in range(end - first)]
 
     def mask(self) -> list[int]:
         """The per-token loss mask, all ones where none was set."""
