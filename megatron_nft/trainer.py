@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from megatron_nft import batching, evaluation, objectives, policy, prompts, rollout, saves
+from megatron_nft import batching, evaluation, objectives, policy, prompts, rollout, saves, watchdog
 from megatron_nft.config import Config, max_model_len, save
 from megatron_nft.errors import UserError
 from megatron_nft.logbook import Logbook, check_writable, held, remove_later
@@ -159,6 +159,7 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The rollout steps that are left: up to train.steps, or until train.sampled_tokens have been sampled."""
         self.stop.begin()
+        watchdog.reach("step")
         step = self.first_step
         owed = self.state.pop("row", None) is not None
         if owed or (step == 0 and self.config.evaluation.interval and self.validation):
@@ -283,6 +284,7 @@ class Run:
 
     def finish(self) -> None:
         """Export the model, write the report, print the table. Raises UserError where the last checkpoint could not be saved."""
+        watchdog.reach("end")
         self.saves.end()
         if self.config.checkpoint.export:
             self.policy.export(self.run_dir / "huggingface")

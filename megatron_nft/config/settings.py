@@ -184,6 +184,14 @@ class TrainConfig:
     recompute_method: str | None = None  # of full: uniform (default): in runs of recompute_num_layers | block: the first so many
     recompute_num_layers: int | None = None  # of full; default 1
     recompute_modules: list[str] | None = None  # of selective: core_attn (default), layernorm, mlp, moe, moe_act, shared_experts
+    # seconds that a phase may go without progress (a scheduler step, a micro-batch, a tensor); then the process says where it hangs and
+    # ends; 0: never. Loading and saving a large model on a slow file system are the longest.
+    watchdog_timeout: int = 3600
+    watchdog_phases: dict[str, int] = field(default_factory=dict)  # another limit for some phases (PHASES), e.g. {start: 7200}
+
+
+# what train.watchdog_phases may name: the stages of a step, what is between them, and what is before the first and after the last
+PHASES = ("start", "step", "generate", "batching", "old_logprobs", "train", "sync", "validate", "checkpoint", "end")
 
 
 @dataclass
