@@ -83,6 +83,7 @@ def check_together(config: Config) -> None:
             "raise it, or lower one of them",
         )
     rollout.check_world(config.rollout, policy.world_size())
+    rollout.check(config.rollout)
     check_writable(config.run_dir)
 
 
@@ -277,7 +278,7 @@ class Run:
         return f"stopped on request after step {step}, saved; the same command goes on"
 
     def _save(self) -> None:
-        if self.config.train.offload != "none":
+        if self.policy.returns_to_be_saved:
             self.engine.sleep(level=1)  # what left the GPU comes back to be written, and needs the room
         step, scores = self.validated
         self.saves.start(self.state, scores if step == self.state["step"] else None)

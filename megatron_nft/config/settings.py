@@ -80,6 +80,7 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int = 512  # of an answer
+    stop: list[Any] = field(default_factory=list)  # strings that end an answer, which keeps them; the model's end tokens do so in any case
     prompts_per_draw: int | None = None  # prompts sent at a time; default: prompts_per_step
     dynamic_sampling: bool = True  # train on mixed groups only, drawn until there are enough; false: on all of one draw
     max_draws: int = 8  # then train on what was kept
@@ -95,7 +96,16 @@ class RolloutConfig:
     max_num_seqs: int = 512
     max_num_batched_tokens: int = 16384  # on CPU no prompt may be split, so keep it above max_prompt_length
     cpu_kvcache_space: int = 2  # GiB, CPU only
-    enforce_eager: bool = False
+    enable_prefix_caching: bool | None = None  # None here and below: as vLLM has it
+    enable_chunked_prefill: bool | None = None  # not on CPU
+    enforce_eager: bool = False  # no CUDA graphs, nothing compiled; always so on CPU
+    cudagraph_mode: str | None = None  # NONE | PIECEWISE | FULL | FULL_DECODE_ONLY | FULL_AND_PIECEWISE
+    quantization: str | None = None  # fp8: weights are quantised as they arrive, at every sync; CUDA only
+    kv_cache_dtype: str = "auto"  # auto | fp8 | fp8_e5m2, or another of vLLM's
+    calculate_kv_scales: bool = True  # with fp8: from the first prompts, after every sync; false: 1.0
+    # drafts that the model checks: {method: ngram, prompt_lookup_max: 4, num_speculative_tokens: 4} | {method: eagle3, model: DIR, ...}
+    speculative_config: dict[str, Any] = field(default_factory=dict)
+    vllm: dict[str, Any] = field(default_factory=dict)  # any other field of vLLM's EngineArgs
     # MiB of whole tensors that go to the engine in one buffer; a rank needs twice this (or the largest tensor) while weights are synced
     update_weights_bucket_megabytes: int = 256
 
@@ -177,8 +187,9 @@ class TrainConfig:
     old_logprobs: str = "recompute"
     # of that pass, which keeps no activations: as many micro-batches at a time as fit; None: one
     logprob_tokens_per_micro_batch: int | None = None
-    # what leaves the GPU while vLLM generates: none | gradients | optimizer: these and its state | all: these and the parameters
-    offload: str = "none"
+    # what leaves the GPU while vLLM generates: none | gradients, which cost nothing: they are freed | optimizer: these and its state |
+    # all: these and the parameters; default: gradients with CUDA, none without
+    offload: str | None = None
     # activations that the backward pass makes again: Megatron's names
     recompute_granularity: str | None = None  # None | full: whole layers | selective: recompute_modules
     recompute_method: str | None = None  # of full: uniform (default): in runs of recompute_num_layers | block: the first so many

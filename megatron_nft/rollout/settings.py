@@ -24,6 +24,7 @@ class Request:
     top_p: float
     max_tokens: int
     seed: int
+    stop: tuple[str, ...] = ()  # strings that end it; it keeps them
 
 
 def sampling_params(request: Request) -> Any:
@@ -37,7 +38,9 @@ def sampling_params(request: Request) -> Any:
         seed=None if request.temperature == 0 else request.seed,
         logprobs=0,  # the sampled token's only
         flat_logprobs=True,
-        detokenize=False,  # the text is decoded once, at the end
+        stop=list(request.stop),
+        include_stop_str_in_output=True,
+        detokenize=bool(request.stop),  # otherwise the text is decoded once, at the end
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
@@ -121,21 +124,3 @@ def rounds_head(model: torch.nn.Module) -> bool:
     """
     head = getattr(model.logits_processor, "head_dtype", None) or model.lm_head.weight.dtype
     return head != torch.float32
-
-
-def gpu_arguments(rollout: RolloutConfig) -> dict[str, Any]:
-    return {
-        "enable_sleep_mode": True,
-        "gpu_memory_utilization": rollout.gpu_memory_utilization,
-        "max_num_batched_tokens": rollout.max_num_batched_tokens,
-        "enforce_eager": rollout.enforce_eager,
-    }
-
-
-def cpu_arguments(rollout: RolloutConfig, max_model_len: int) -> dict[str, Any]:
-    """On the CPU a prompt must never be split: a CPU generator cannot be set back by an offset, as vLLM does for a seeded one."""
-    return {
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(rollout.max_num_batched_tokens, max_model_len),
-        "enforce_eager": True,  # compiling costs more than it gains for the models a CPU can train
-    }
