@@ -122,6 +122,7 @@ class Run:
         self._open.callback(self.engine.close)
         if self.engine.rounds_head:
             self.log.note("this vLLM rounds its logits to 16 bits (it has no head_dtype), the trainer does not: watch logprob_difference")
+        self.engine.scale_cache_by(given.prompts.prompts)
         self.sampler = rollout.Sampler(self.engine, self.judge, self.cursor, config)
         self.check = SelfCheck(self.policy, self.engine, given.prompts.prompts, config)
         self.sync(self.first_step)
@@ -152,7 +153,7 @@ class Run:
             meter=policy.PeakMemory(),
             row=self.state.get("row"),
         )
-        log.note(f"{len(self.cursor.prompts)} prompts; {policy.kernels(config)}")
+        log.note(f"{len(self.cursor.prompts)} prompts{self.cursor.prompts.told}; {policy.kernels(config)}")
         if self.first_step:
             log.note(f"resumed after step {self.first_step}")
         return log

@@ -35,7 +35,7 @@ from megatron_nft.rollout.settings import (
 )
 from megatron_nft.rollout.throughput import Throughput
 from megatron_nft.stopping import Stopped
-from megatron_nft.trajectories import Response
+from megatron_nft.trajectories import Prompt, Response
 from megatron_nft.weights import Bucket, is_checkpoint, load_weights, read_buckets
 
 ASK_EVERY = 8  # scheduler steps: a fraction of a second, against a reduction over all ranks
@@ -191,10 +191,10 @@ class Engine:
         self._reset_prefix_cache()
         self._asleep = 0
 
-    def scale_cache_by(self, token_ids: list[list[int]]) -> None:
-        """Sequences whose keys and values an FP8 cache's scales are taken from: now, and after each sync. Nothing where the cache has no
-        scales. Every rank gives the same sequences, each shorter than max_model_len."""
-        self._scales_from = token_ids
+    def scale_cache_by(self, prompts: list[Prompt]) -> None:
+        """Take an FP8 cache's scales from the keys and values of the first of these prompts: now, and after each sync. Nothing where the
+        cache has no scales. Every rank gives the same prompts, each shorter than max_model_len."""
+        self._scales_from = [list(prompt.token_ids) for prompt in prompts[: kv_scales.SEQUENCES]]
         if not self._asleep:
             self._measure_scales()
 

@@ -14,6 +14,7 @@ from megatron_nft.errors import UserError
 
 DTYPES = ("fp8", "fp8_e4m3")  # the kv_cache_dtypes with such scales: e5m2 has range enough, others scale by token
 RANGE = torch.finfo(torch.float8_e4m3fn).max
+SEQUENCES = 64  # to measure on
 HEADROOM = 2.0  # for values larger than those seen
 
 

@@ -44,6 +44,8 @@ def main() -> None:
         model.offload()
         out["left"].append(bytes_of(model))
     out["after"] = {name: tensor.clone() for name, tensor in model.weights()}
+    model.offload()
+    model.save(Path(arguments["output"]).with_suffix(f".{config.train.offload}"), {})  # all of it, wherever it is
     if topology.is_first:
         torch.save(out, arguments["output"])
     policy.shutdown()
