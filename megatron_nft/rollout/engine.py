@@ -25,6 +25,7 @@ from megatron_nft.rollout.arguments import engine_arguments, has_draft_model
 from megatron_nft.rollout.settings import (
     Request,
     generators_kept,
+    mend_expansion,
     name_shared_memory,
     repack_experts,
     repack_head,
@@ -90,6 +91,8 @@ class Engine:
             token = [uuid.uuid4().hex]
             dist.broadcast_object_list(token, group=self._group)
             name_shared_memory(token[0])
+        if rollout.speculative_config and not self._on_gpu:
+            mend_expansion()
         with generators_kept():
             self._llm = LLM(
                 **engine_arguments(rollout, model_path, max_model_len, precision, seed),

@@ -92,6 +92,18 @@ def name_shared_memory(token: str) -> None:
     shared.make_group_name = staticmethod(lambda communicator: f"{named(communicator)}-{token}")
 
 
+def mend_expansion() -> None:
+    """Give vLLM 0.32 on the CPU a function for numbers of answers as numbers of their drafted tokens: its own turns them into integers on
+    the way, and leaves a temperature or top_p what the memory held before."""
+    from vllm.utils import cpu_triton_utils
+
+    def expand(output: torch.Tensor, numbers: torch.Tensor, ends: torch.Tensor, replace_from, replace_to, *_, **__) -> None:
+        numbers = torch.where(numbers == replace_from, torch.full_like(numbers, replace_to), numbers)
+        output.copy_(numbers.repeat_interleave(torch.diff(ends, prepend=ends.new_zeros(1))))
+
+    cpu_triton_utils._expand_kernel_impl = expand  # before an engine starts, which takes the functions from there
+
+
 def tame(engine: Any) -> None:
     """Take from a started vLLM engine what does not fit a process that is not its own."""
     # When its engine core is collected, 0.32 ends torch.distributed, which belongs to the caller (0.26 has no such finalizer).
