@@ -88,7 +88,7 @@ class RolloutConfig:
     # the sampler's weights are compared with the trainer's after the first sync and those of steps 1 to 5, then every so many steps;
     # 0: after the first alone
     check_sync_interval: int = 10
-    # mean |log-prob difference| of fixed tokens that is let pass; default 1e-4 in fp32, 0.1 in bf16 and fp16, 0.5 with fp8
+    # mean |log-prob difference| of fixed tokens that is let pass; default 1e-4 in fp32, 0.1 in bf16 and fp16, 0.5 with FP8 on any side
     logprob_tolerance: float | None = None
     # the engine: vLLM's names
     tensor_parallel_size: int = 1

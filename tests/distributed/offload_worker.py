@@ -45,7 +45,8 @@ def main() -> None:
         out["left"].append(bytes_of(model))
     out["after"] = {name: tensor.clone() for name, tensor in model.weights()}
     model.offload()
-    model.save(Path(arguments["output"]).with_suffix(f".{config.train.offload}"), {})  # all of it, wherever it is
+    if arguments["save"]:
+        model.save(Path(arguments["output"]).with_suffix(f".{config.train.offload}"), {})
     if topology.is_first:
         torch.save(out, arguments["output"])
     policy.shutdown()

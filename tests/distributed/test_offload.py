@@ -17,10 +17,10 @@ from tests.support import run_ranks, tiny_model
 WORKER = Path(__file__).with_name("offload_worker.py")
 
 
-def run(tmp_path: Path, model: Path, ranks: int, *overrides: str) -> dict:
+def run(tmp_path: Path, model: Path, ranks: int, *overrides: str, save: bool = False) -> dict:
     config, output = tmp_path / "config.yaml", tmp_path / "out.pt"
     config.write_text(CONFIG.replace("unset", str(model)))
-    run_ranks(WORKER, ranks, {"config": str(config), "overrides": list(overrides), "output": str(output)}, tmp_path)
+    run_ranks(WORKER, ranks, {"config": str(config), "overrides": list(overrides), "output": str(output), "save": save}, tmp_path)
     return torch.load(output)
 
 
@@ -33,13 +33,13 @@ def model(tmp_path_factory) -> Path:
 def test_updates_are_the_same_to_the_last_bit(precision, ranks, model, tmp_path):
     """bf16: the optimizer's float32 copies are tensors of their own; fp32: views of the parameters."""
     overrides = [f"model.precision={precision}", "optimizer.lr=1e-3", *(["parallel.overlap_param_gather=true"] if ranks > 1 else [])]
-    plain, moved = (run(tmp_path, model, ranks, *overrides, f"train.offload={level}") for level in ("none", "all"))
+    plain, moved = (run(tmp_path, model, ranks, *overrides, f"train.offload={level}", save=ranks == 2) for level in ("none", "all"))
     assert moved["updates"] == plain["updates"] and moved["old"] == plain["old"]
     assert plain["before"].keys() == moved["after"].keys() == plain["after"].keys()
     for name, tensor in plain["after"].items():
         assert torch.equal(moved["after"][name], tensor), name
-    saved = [checkpoint_entries(tmp_path / f"out.{level}") for level in ("none", "all")]
-    assert not differences(*saved)
+    if ranks == 2:  # a checkpoint has all of it, wherever it is
+        assert not differences(*(checkpoint_entries(tmp_path / f"out.{level}") for level in ("none", "all")))
     assert all(min(sizes) > 0 for sizes in plain["left"]) and moved["left"] == [[0, 0, 0]] * 4
 
 
