@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_nft import watchdog
+
 MAXIMA = ("running_max", "waiting_max")  # over engines, these stay maxima
 
 
@@ -67,6 +69,7 @@ class Throughput:
 
     def _count(self, outputs: Any) -> None:
         """vLLM's EngineCoreOutputs of one step."""
+        watchdog.beat()
         stats = outputs.scheduler_stats
         if stats is not None:
             self._steps += 1
