@@ -38,6 +38,7 @@ class Watchdog:
         self._file = Path(run_dir).absolute() / f"stacks-rank{rank}.txt"
         self._names = ["start"]  # the running phase is the last; the first is what remains when all others have ended
         self._last = time.monotonic()  # the last beat
+        self._watched: float | None = None  # the limit that thread and timer know
         self._changed, self._ended = threading.Condition(), False
 
     def __enter__(self) -> Self:
@@ -63,16 +64,19 @@ class Watchdog:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """What runs inside is the phase `name`; afterwards the one around it goes on, both with a fresh beat."""
+        self.beat()  # before the limit changes: the thread may look in between
         self._names.append(name)
         self._note()
         try:
             yield
         finally:
+            self.beat()
             self._names.pop()
             self._note()
 
     def reach(self, name: str) -> None:
         """What runs outside of any `phase` is `name` from here on."""
+        self.beat()
         self._names[0] = name
         self._note()
 
@@ -86,24 +90,26 @@ class Watchdog:
         return self._phases.get(self._names[-1], self._limit)
 
     def _note(self) -> None:
-        """Another phase runs: a beat. The timer is set here, too: this thread may be stuck before the other one gets to it."""
-        self.beat()
+        """Another phase runs. Where its limit is another, the timer is set at once: this thread may be stuck before the other one
+        gets to it."""
         line = f"{_MARK}{self._line(f'{self.limit:g}')}, stuck outside of Python\n"
         try:
             os.write(self._out, line.encode())
         except BrokenPipeError:  # the helper was killed: the stacks alone, then
             self._out = sys.__stderr__.fileno()
-        self._set_timer(self.limit)
-        with self._changed:
-            self._changed.notify()
+        if self.limit != self._watched:
+            self._set_timer()
+            with self._changed:
+                self._changed.notify()
 
     def _line(self, seconds: str) -> str:
         return f"megatron-nft: rank {self._rank}: phase {self._names[-1]}: no progress for {seconds} s"
 
-    def _set_timer(self, left: float) -> None:
-        """Beats until the next look do not reach the timer: it is as much later."""
-        if self.limit:
-            faulthandler.dump_traceback_later(left + self.limit / LOOKS + LATE, exit=True, file=self._out)
+    def _set_timer(self) -> None:
+        """A whole limit after the next look: the beats until then do not reach the timer, and the last of them may be the last of all."""
+        self._watched = limit = self.limit
+        if limit:
+            faulthandler.dump_traceback_later(limit + limit / LOOKS + LATE, exit=True, file=self._out)
         else:
             faulthandler.cancel_dump_traceback_later()
 
@@ -114,7 +120,7 @@ class Watchdog:
                 limit, quiet = self.limit, time.monotonic() - self._last
                 if limit and quiet >= limit:
                     self._leave(quiet)
-                self._set_timer(limit - quiet)
+                self._set_timer()
                 self._changed.wait(min(limit / LOOKS, limit - quiet) if limit else None)
 
     def _leave(self, quiet: float) -> None:

@@ -87,6 +87,18 @@ with Watchdog(0.4, 0, {str(tmp_path)!r}, {{"sync": 0}}):
     assert "phase end: no progress" in done.stderr
 
 
+def test_a_beat_holds_for_a_whole_limit_in_c_as_well(tmp_path):
+    """However long ago the one before it was: here the thread cannot look for most of a limit, twice."""
+    done = run(f"""
+with Watchdog(1, 0, {str(tmp_path)!r}):
+    for _ in range(4):
+        ctypes.PyDLL(None).usleep(900_000)
+        watchdog.beat()
+    print("alive")
+""")
+    assert (done.stdout, done.stderr, done.returncode) == ("alive\n", "", 0)
+
+
 def test_it_leaves_nothing_behind(tmp_path):
     """Neither a timer that ends the process later, nor the helper, nor a file, nor a word."""
     done = run(f"""
