@@ -47,6 +47,7 @@ class Watchdog:
         self._out = self._helper.stdin.fileno()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         _current.append(self)
+        self.beat()
         self._note()
         self._thread.start()
         return self
@@ -92,15 +93,19 @@ class Watchdog:
     def _note(self) -> None:
         """Another phase runs. Where its limit is another, the timer is set at once: this thread may be stuck before the other one
         gets to it."""
-        line = f"{_MARK}{self._line(f'{self.limit:g}')}, stuck outside of Python\n"
-        try:
-            os.write(self._out, line.encode())
-        except BrokenPipeError:  # the helper was killed: the stacks alone, then
-            self._out = sys.__stderr__.fileno()
+        self._tell_helper(f"{_MARK}{self._line(f'{self.limit:g}')}, stuck outside of Python\n")
         if self.limit != self._watched:
             self._set_timer()
             with self._changed:
                 self._changed.notify()
+
+    def _tell_helper(self, line: str) -> None:
+        if self._out == sys.__stderr__.fileno():
+            return
+        try:
+            os.write(self._out, line.encode())
+        except BrokenPipeError:  # it was killed: the stacks alone, then
+            self._out, self._watched = sys.__stderr__.fileno(), None
 
     def _line(self, seconds: str) -> str:
         return f"megatron-nft: rank {self._rank}: phase {self._names[-1]}: no progress for {seconds} s"
