@@ -27,7 +27,7 @@ def write_rollouts(path: str | Path, step: int, groups: list[Group]) -> None:
 
 
 def read_rollouts(path: str | Path) -> list[Group]:
-    """The groups that write_rollouts wrote, in the same order and to the last bit."""
+    """The groups that write_rollouts wrote, in the same order and to the last bit. Columns that an older file lacks are null."""
     import pyarrow.parquet
 
     rows = pyarrow.parquet.read_table(path, schema=_schema()).to_pylist()
@@ -64,13 +64,15 @@ def _row(step: int, group: Group, sample: int, response: Response) -> dict:
         "tokens": response.token_ids,
         "logprobs": response.logprobs,
         "loss_mask": response.loss_mask,
+        "later_versions": None if response.later_versions is None else [list(pair) for pair in response.later_versions],
     }
 
 
 def _response(row: dict) -> Response:
     verdict = None if row["outcome"] is None else Verdict(row["verdict"], row["outcome"])
+    later = None if row["later_versions"] is None else [tuple(pair) for pair in row["later_versions"]]
     return Response(row["tokens"], row["logprobs"], row["finish_reason"], row["weight_version"], row["response"],
-                    row["loss_mask"], verdict, row["penalty"])  # fmt: skip
+                    row["loss_mask"], verdict, row["penalty"], later)  # fmt: skip
 
 
 def _schema():
@@ -82,4 +84,5 @@ def _schema():
         "response": text,
         "verdict": real, "outcome": text, "penalty": real, "finish_reason": text, "weight_version": integer,
         "prompt_tokens": tokens, "tokens": tokens, "logprobs": pa.list_(pa.float32()), "loss_mask": pa.list_(pa.int8()),
+        "later_versions": pa.list_(pa.list_(integer)),
     })  # fmt: skip
