@@ -193,11 +193,13 @@ class Run:
 
     def batch(self, groups: list[Group]) -> list[list[Batch]]:
         """This rank's micro-batches of every mini-batch of the rollout step."""
-        settings = self.config.objective
+        config, settings = self.config, self.config.objective
         answers, numbers = exchange.table(groups)
-        layout = self.policy.layout(self.config.train.prompts_per_update)
+        layout = self.policy.layout(config.train.prompts_per_update)
         weights = partial(objectives.weights, settings=settings)
         plan = batching.plan(answers, layout, weights, settings.reduction, settings.reduction_constant, settings.ratio != "token")
+        watched = config.logging.coefficient_answers if config.rollout.save else 0
+        self.watch = policy.Watch(answers, watched, seed=f"{config.seed}/{self.state['step']}")
         if plan.mini_batches:
             self.log.add({"train/fill": sum(m.fill for m in plan.mini_batches) / len(plan.mini_batches)})
         return self.policy.receive(groups, numbers, plan)
@@ -219,7 +221,7 @@ class Run:
         """One optimiser step; on_policy: on the weights that sampled. Returns its totals."""
         if on_policy:
             self._stop_if_asked()  # for the last time: after the first update the step is finished and saved
-        return self.policy.update(mini_batch, self.objective, objectives.METRICS, on_policy)
+        return self.policy.update(mini_batch, self.objective, objectives.METRICS, on_policy, self.watch)
 
     def sync(self, step: int) -> None:
         """The trainer's weights for the sampler, and the check that they got there."""
@@ -232,12 +234,20 @@ class Run:
         if totals:
             self.log.add({f"train/{name}": value for name, value in objectives.summarize_measured(totals).items()})
 
+    def _write_coefficients(self, step: int) -> None:
+        """R and c of the answers that were watched, beside the step's answers."""
+        if self.config.rollout.save and self.config.logging.coefficient_answers:
+            pushes = self.watch.collect(self.topology)
+            if self.topology.is_first:
+                rollout.write_coefficients(self.run_dir, step, pushes)
+
     def finish_step(self, step: int, updates: list[dict[str, float]], measured: list[dict[str, float]]) -> None:
         """Log, validate, save. measured: totals of the passes that made old log-probs alone."""
         config, last = self.config, self._is_last(step)
         if config.train.sampled_tokens is not None:  # as many steps as the tokens so far promise
             self.log.total_steps = step if last else min(config.train.steps, math.ceil(step * config.train.sampled_tokens / self.tokens))
         self._log_measured([*updates[:1], *measured])
+        self._write_coefficients(step)
         self.log.add({f"train/{name}": value for name, value in objectives.summarize(updates, config.optimizer.clip_grad).items()})
         self.state = self._state(step)
         interval = config.evaluation.interval

@@ -79,6 +79,16 @@ class Group:
         return len({response.verdict.score for response in self.responses}) > 1
 
 
+@dataclass(frozen=True)
+class Pushes:
+    """How hard its update pushed the tokens of one answer. The lists are [response tokens], None for a token that is not trained on."""
+
+    position: int  # of the answer's group in the rollout step
+    sample: int  # number of the answer in its group
+    ratios: list[float | None]  # R = pi_theta / pi_old of the token, when its update was made
+    coefficients: list[float | None]  # c, by which the update pushes log pi_theta of the token up
+
+
 @dataclass
 class Batch:
     """One packed micro-batch of one rank: answers laid end to end, padded at the tail to a fixed token count.

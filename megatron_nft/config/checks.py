@@ -208,6 +208,7 @@ _LEAST = {
     "checkpoint.keep": 1,
     "checkpoint.keep_best": 0,
     "checkpoint.grace_time": 1,
+    "logging.coefficient_answers": 0,
     "sft.steps": 0,
     "sft.sequences_per_update": 1,
 }

@@ -1,24 +1,15 @@
 """How hard an update pushes the tokens of a few answers, noted while it is made: what one looks at to understand an objective."""
 
 import random
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_nft.batching import Answers
 from megatron_nft.objectives import Inputs
 from megatron_nft.policy.topology import Topology
-from megatron_nft.trajectories import Batch
-
-
-@dataclass(frozen=True)
-class Pushes:
-    """The trained tokens of one answer. All arrays are [trained tokens], in the order of the tokens."""
-
-    positions: np.ndarray  # int64: of the token in its sequence, the prompt's first token being 0
-    ratios: np.ndarray  # float32: R = pi_theta / pi_old of the token, when its update was made
-    coefficients: np.ndarray  # float32: c, by which the update pushes log pi_theta up
+from megatron_nft.trajectories import Batch, Pushes
 
 
 class Watch:
@@ -28,9 +19,11 @@ class Watch:
     right for each of them: clips, corrections and one ratio an answer included (through a geometric mean, a token has its share of it).
     """
 
-    def __init__(self, answers: int, count: int, seed: object):
-        """Draws `count` of the rollout step's answers, by the seed alone."""
-        self.chosen = frozenset(random.Random(f"{seed}").sample(range(answers), min(count, answers)))
+    def __init__(self, answers: Answers, count: int, seed: object):
+        """Draws `count` of the rollout step's answers, by the seed alone: the same under every layout."""
+        every = len(answers.groups)
+        self.chosen = frozenset(random.Random(f"{seed}").sample(range(every), min(count, every)))
+        self._answers = answers
         self._noted: list[tuple[Batch, torch.Tensor, torch.Tensor]] = []
 
     def note(self, batch: Batch, slots: torch.Tensor, inputs: Inputs, loss: torch.Tensor) -> None:
@@ -41,15 +34,15 @@ class Watch:
         ratios = (inputs.logprobs - inputs.old_logprobs).detach().exp()
         self._noted.append((batch, slots, torch.stack([ratios, -gradient / inputs.scale]).float()))  # stays where it is: no waiting
 
-    def collect(self, topology: Topology) -> dict[int, Pushes]:
-        """What was noted on all ranks, by number of the answer; empty on all ranks but the first. Collective."""
+    def collect(self, topology: Topology) -> list[Pushes]:
+        """What was noted on all ranks, in order of the answers; empty on all ranks but the first. Collective."""
         own = [part for noted in self._noted for part in self._parts(*noted)] if topology.speaks else []
         everyone: list | None = [None] * topology.world_size if topology.is_first else None
         dist.gather_object(own, everyone)
         parts: dict[int, list] = {}
         for number, *arrays in (part for rank in everyone or () for part in rank):
             parts.setdefault(number, []).append(arrays)
-        return {number: _joined(parts[number]) for number in sorted(parts)}
+        return [self._joined(number, parts[number]) for number in sorted(parts)]
 
     def _parts(self, batch: Batch, slots: torch.Tensor, noted: torch.Tensor) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """(number of the answer, positions of tokens, R and c [2, tokens]) of those that are watched."""
@@ -58,9 +51,11 @@ class Watch:
         here = ((number, counted & (index == i)) for i, number in enumerate(batch.answers) if number in self.chosen)
         return [(number, positions[of], values[:, of]) for number, of in here]
 
-
-def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> Pushes:
-    """An answer's parts, which context-parallel ranks and the chunks of a loss have between them, in order of the tokens."""
-    positions, values = (np.concatenate(arrays, -1) for arrays in zip(*parts, strict=True))
-    order = np.argsort(positions)
-    return Pushes(positions[order], *values[:, order])
+    def _joined(self, number: int, parts: list[list[np.ndarray]]) -> Pushes:
+        """An answer of the parts that context-parallel ranks, and the chunks of a loss, have of it."""
+        answers = self._answers
+        values = np.full((2, answers.response_lengths[number]), None, object)
+        for positions, found in parts:
+            values[:, positions - answers.prompt_lengths[number]] = found
+        first = np.searchsorted(answers.groups, answers.groups[number])
+        return Pushes(int(answers.positions[number]), int(number - first), *values.tolist())

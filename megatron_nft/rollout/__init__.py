@@ -4,7 +4,10 @@ vLLM is imported when an Engine is made and not before, so that this package imp
 """
 
 from megatron_nft.rollout.engine import Engine, Request, check_world
-from megatron_nft.rollout.record import read_rollouts, rollout_path, write_rollouts
+from megatron_nft.rollout.record import read_coefficients, read_rollouts, rollout_path, write_coefficients, write_rollouts
 from megatron_nft.rollout.sampler import Rollout, Sampler
 
-__all__ = ["Engine", "Request", "Rollout", "Sampler", "check_world", "read_rollouts", "rollout_path", "write_rollouts"]
+__all__ = [
+    "Engine", "Request", "Rollout", "Sampler", "check_world", "read_coefficients", "read_rollouts", "rollout_path", "write_coefficients",
+    "write_rollouts",
+]  # fmt: skip

@@ -1,11 +1,12 @@
-"""The record of what was sampled: rollouts/step_N.parquet, one row for each answer, enough to train from again."""
+"""The record of a step: rollouts/step_N.parquet, one row for each answer, enough to train from again; and beside it
+coefficients_N.parquet, how hard the updates pushed the tokens of a few of them."""
 
 import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_nft.trajectories import Group, Prompt, Response, Verdict
+from megatron_nft.trajectories import Group, Prompt, Pushes, Response, Verdict
 
 
 def rollout_path(run_dir: str | Path, step: int, engine: int = 0, engines: int = 1) -> Path:
@@ -15,14 +16,48 @@ def rollout_path(run_dir: str | Path, step: int, engine: int = 0, engines: int =
 
 def write_rollouts(path: str | Path, step: int, groups: list[Group]) -> None:
     """Write groups as parquet, complete or not at all (a temporary name, then a rename)."""
+    rows = [_row(step, group, sample, response) for group in groups for sample, response in enumerate(group.responses)]
+    _write(Path(path), rows, _schema())
+
+
+def write_coefficients(run_dir: str | Path, step: int, pushes: list[Pushes]) -> None:
+    """Write R and c of the answers that were watched as rollouts/coefficients_N.parquet. A row's `position` and `sample` are those of its
+    answer in step_N.parquet; null is a token that is not trained on."""
+    rows = [{"step": step, **{name: getattr(one, field) for name, field in _PUSHES.items()}} for one in pushes]
+    _write(_coefficients_path(run_dir, step), rows, _coefficients_schema())
+
+
+def read_coefficients(run_dir: str | Path, step: int) -> list[Pushes]:
+    """What write_coefficients wrote; empty where it wrote nothing."""
+    import pyarrow.parquet
+
+    path = _coefficients_path(run_dir, step)
+    rows = pyarrow.parquet.read_table(path, schema=_coefficients_schema()).to_pylist() if path.is_file() else []
+    return [Pushes(**{field: row[name] for name, field in _PUSHES.items()}) for row in rows]
+
+
+_PUSHES = {"position": "position", "sample": "sample", "R": "ratios", "c": "coefficients"}  # column: field
+
+
+def _coefficients_path(run_dir: str | Path, step: int) -> Path:
+    return Path(run_dir) / "rollouts" / f"coefficients_{step}.parquet"
+
+
+def _coefficients_schema():
+    import pyarrow as pa
+
+    integer, reals = pa.int64(), pa.list_(pa.float32())
+    return pa.schema({"step": integer, "position": integer, "sample": integer, "R": reals, "c": reals})
+
+
+def _write(path: Path, rows: list[dict], schema) -> None:
+    """Complete or not at all: a temporary name, then a rename."""
     import pyarrow
     import pyarrow.parquet
 
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [_row(step, group, sample, response) for group in groups for sample, response in enumerate(group.responses)]
     part = path.with_name(path.name + ".part")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_schema()), part)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), part)
     os.replace(part, path)
 
 

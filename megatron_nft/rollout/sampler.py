@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from megatron_nft.config import Config
 from megatron_nft.rewards.length import settle
 from megatron_nft.rollout.engine import Engine, Request
+from megatron_nft.rollout.seeds import seed_of
 from megatron_nft.trajectories import OUTCOMES, Group, Prompt, Response
 from megatron_nft.weights import Bucket
 
@@ -59,11 +59,6 @@ class GroupSummary:
     def is_mixed(self) -> bool:
         """As Group.is_mixed."""
         return len(set(self.rates)) > 1
-
-
-def seed_of(*parts: int | str) -> int:
-    """A seed of 63 bits that depends on every part and on nothing else."""
-    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def summarise(position: int, group: Group, sampled: list[Response] | None = None) -> GroupSummary:

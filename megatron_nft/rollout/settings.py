@@ -24,6 +24,7 @@ class Request:
     top_p: float
     max_tokens: int
     seed: int
+    stop: tuple[str, ...] = ()  # texts that end the answer, which holds the token that completes one of them
 
 
 def sampling_params(request: Request) -> Any:
@@ -37,7 +38,9 @@ def sampling_params(request: Request) -> Any:
         seed=None if request.temperature == 0 else request.seed,
         logprobs=0,  # the sampled token's only
         flat_logprobs=True,
-        detokenize=False,  # the text is decoded once, at the end
+        stop=list(request.stop),
+        include_stop_str_in_output=True,
+        detokenize=bool(request.stop),  # the text itself is decoded once, at the end
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
