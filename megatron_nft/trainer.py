@@ -44,7 +44,8 @@ def train(config: Config, stop: StopRequest) -> None:
 def dry_run(config: Config) -> None:
     """Check everything that can be checked without a model in memory, and print what was found."""
     given = Given.load(config)
-    Judge.for_config(config).close()
+    if not config.replay:
+        Judge.for_config(config).close()
     print(f"{len(given.prompts)} training prompts, dropped: {given.prompts.dropped}")
     for name, problems in given.validation.items():
         print(f"{len(problems)} validation problems in {name}, dropped: {problems.dropped}")
@@ -68,7 +69,9 @@ class Given:
         policy.check(config, max_model_len(config))
         tokenizer = prompts.load_tokenizer(config.model.path)
         training = prompts.load_prompts(config.data.train, tokenizer, config.data)
-        validation = prompts.load_sets(config.evaluation.sets, tokenizer, config.data)
+        validation = {} if config.replay else prompts.load_sets(config.evaluation.sets, tokenizer, config.data)
+        if config.replay:
+            rollout.check_replay(config, tokenizer)
         if validation:
             evaluation.check(validation, config.evaluation)
         return cls(training, validation, found)
@@ -82,7 +85,8 @@ def check_together(config: Config) -> None:
             f"train.tokens_per_micro_batch ({budget}) is less than data.max_prompt_length + rollout.max_tokens ({longest})",
             "raise it, or lower one of them",
         )
-    rollout.check_world(config.rollout, policy.world_size())
+    if not config.replay:
+        rollout.check_world(config.rollout, policy.world_size())
     check_writable(config.run_dir)
 
 
@@ -97,7 +101,7 @@ class Run:
         self.stop = stop
         self.config, self.run_dir, self.validation = config, Path(config.run_dir), given.validation
         self._open = ExitStack()
-        self.judge = self._open.enter_context(Judge.for_config(config))
+        self.judge = None if config.replay else self._open.enter_context(Judge.for_config(config))
         self._open.enter_context(held(self.run_dir))
         self.topology = policy.initialize(config.parallel, config.seed)
         self._open.callback(policy.shutdown)
@@ -106,6 +110,7 @@ class Run:
         self.cursor = Cursor(given.prompts, config.seed, config.data.shuffle)
         self.first_step = self.tokens = 0  # tokens: sampled so far
         self.state = self._state(0)
+        self.watch: policy.Watch  # R and c of some answers of the step at hand
         self.validated: tuple[int, dict[str, float]] = (-1, {})  # the last validation: after which step, and what it gave
         if given.checkpoint:
             _, self.state = self.policy.load_newest(given.checkpoint)
@@ -117,12 +122,17 @@ class Run:
         self.policy.offload()  # the engine measures the memory that is free
         precision = policy.precision_of(config.model.precision)
         window, asked = max_model_len(config), stop.agreed
-        self.engine = rollout.Engine(config.model.path, config.rollout, window, precision, config.seed, asked, weights_follow=True)
+        if config.replay:
+            self.engine = rollout.NoEngine()
+        else:
+            self.engine = rollout.Engine(config.model.path, config.rollout, window, precision, config.seed, asked, weights_follow=True)
         self._open.callback(self.engine.close)
         if self.engine.rounds_head:
             self.log.note("this vLLM rounds its logits to 16 bits (it has no head_dtype), the trainer does not: watch logprob_difference")
-        self.sampler = rollout.Sampler(self.engine, self.judge, self.cursor, config)
-        self.check = SelfCheck(self.policy, self.engine, given.prompts.prompts, config)
+        self.sampler = (
+            rollout.Replay(self.engine, config) if config.replay else rollout.Sampler(self.engine, self.judge, self.cursor, config)
+        )
+        self.check = None if config.replay else SelfCheck(self.policy, self.engine, given.prompts.prompts, config)
         self.sync(self.first_step)
 
     def __enter__(self) -> Self:
@@ -226,7 +236,8 @@ class Run:
     def sync(self, step: int) -> None:
         """The trainer's weights for the sampler, and the check that they got there."""
         self.sampler.sync(self.policy.hand_over(), version=step)
-        self.log.add({f"train/{name}": value for name, value in self.check.after_sync(step).items()})
+        if self.check:
+            self.log.add({f"train/{name}": value for name, value in self.check.after_sync(step).items()})
         self.policy.offload()
 
     def _log_measured(self, totals: list[dict[str, float]]) -> None:

@@ -4,10 +4,18 @@ vLLM is imported when an Engine is made and not before, so that this package imp
 """
 
 from megatron_nft.rollout.engine import Engine, Request, check_world
-from megatron_nft.rollout.record import read_coefficients, read_rollouts, rollout_path, write_coefficients, write_rollouts
+from megatron_nft.rollout.record import (
+    read_coefficients,
+    read_rollouts,
+    rollout_path,
+    step_files,
+    write_coefficients,
+    write_rollouts,
+)
+from megatron_nft.rollout.replay import NoEngine, Replay, check_replay
 from megatron_nft.rollout.sampler import Rollout, Sampler
 
 __all__ = [
-    "Engine", "Request", "Rollout", "Sampler", "check_world", "read_coefficients", "read_rollouts", "rollout_path", "write_coefficients",
-    "write_rollouts",
+    "Engine", "NoEngine", "Replay", "Request", "Rollout", "Sampler", "check_replay", "check_world", "read_coefficients", "read_rollouts",
+    "rollout_path", "step_files", "write_coefficients", "write_rollouts",
 ]  # fmt: skip

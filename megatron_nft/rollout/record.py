@@ -3,8 +3,11 @@ coefficients_N.parquet, how hard the updates pushed the tokens of a few of them.
 
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 from megatron_nft.trajectories import Group, Prompt, Pushes, Response, Verdict
 
@@ -12,6 +15,15 @@ from megatron_nft.trajectories import Group, Prompt, Pushes, Response, Verdict
 def rollout_path(run_dir: str | Path, step: int, engine: int = 0, engines: int = 1) -> Path:
     """Where a step's answers are kept: rollouts/step_N.parquet, and step_N-E.parquet where several engines each write their own."""
     return Path(run_dir) / "rollouts" / (f"step_{step}.parquet" if engines == 1 else f"step_{step}-{engine}.parquet")
+
+
+def step_files(run_dir: str | Path) -> dict[int, list[Path]]:
+    """The files of each step's answers, by step, in the order of the engines that wrote them."""
+    found: dict[int, list[tuple[int, Path]]] = {}
+    for path in (Path(run_dir) / "rollouts").glob("step_*.parquet"):
+        if named := re.fullmatch(r"step_(\d+)(?:-(\d+))?", path.stem):
+            found.setdefault(int(named[1]), []).append((int(named[2] or 0), path))
+    return {step: [path for _, path in sorted(files)] for step, files in sorted(found.items())}
 
 
 def write_rollouts(path: str | Path, step: int, groups: list[Group]) -> None:
@@ -61,12 +73,22 @@ def _write(path: Path, rows: list[dict], schema) -> None:
     os.replace(part, path)
 
 
-def read_rollouts(path: str | Path) -> list[Group]:
-    """The groups that write_rollouts wrote, in the same order and to the last bit. Columns that an older file lacks are null."""
+def read_rollouts(path: str | Path, index: int = 0, count: int = 1) -> list[Group]:
+    """The groups that write_rollouts wrote, in the same order and to the last bit; of every `count` of them that with the number `index`.
+    Columns that an older file lacks are null."""
     import pyarrow.parquet
 
-    rows = pyarrow.parquet.read_table(path, schema=_schema()).to_pylist()
-    return list(_groups(rows))
+    table = pyarrow.parquet.read_table(path, schema=_schema())
+    group = np.cumsum(table["sample"].to_numpy() == 0) - 1  # before any row is made a Python object
+    return list(_groups(table.filter(group % count == index).to_pylist()))
+
+
+def read_first_rows(path: str | Path, count: int) -> list[dict]:
+    """The first answers of a file, by column, without reading the others."""
+    import pyarrow.parquet
+
+    batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=count)
+    return next((batch.to_pylist() for batch in batches), [])
 
 
 def _groups(rows: list[dict]) -> Iterator[Group]:

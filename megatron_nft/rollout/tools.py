@@ -55,7 +55,7 @@ class Answer:
     @property
     def text(self) -> str:
         """Of all that has been written, special tokens left out."""
-        return self.decode(0)
+        return self._tokenizer.decode(self.token_ids, skip_special_tokens=True)
 
     @property
     def room(self) -> int:
@@ -65,13 +65,10 @@ class Answer:
     def append(self, text: str) -> None:
         """Write text into the answer, as much of it as there is room for."""
         tokens = self._as_recorded(list(self._tokenizer(text, add_special_tokens=False)["input_ids"]))[: self.room]
-        self._extend(tokens, [0.0] * len(tokens), 0)
+        self.extend(tokens, [0.0] * len(tokens), 0)
 
-    def decode(self, first: int, end: int | None = None) -> str:
-        """The text of some of the tokens."""
-        return self._tokenizer.decode(self.token_ids[first:end], skip_special_tokens=True)
-
-    def _extend(self, token_ids: list[int], logprobs: list[float], mask: int) -> None:
+    def extend(self, token_ids: list[int], logprobs: list[float], mask: int) -> None:
+        """Take in tokens as they are."""
         self.token_ids += token_ids
         self.logprobs += logprobs
         self.loss_mask += [mask] * len(token_ids)
@@ -89,8 +86,9 @@ class Conversation:
     """One answer on its way, step by step: `next_request` is what the engine has to write now, `send` takes what it wrote.
 
     next_request() is the same until something is sent, so a request that an engine lost can be asked for again. Each call of the engine
-    has a seed of its own, which depends on the request's and on the number of the call. An engine that is interrupted sends what it has, with
-    the finish reason "unfinished"; next_request() goes on after it. A function that raises ends its answer: `error` says why, in one line.
+    has a seed of its own, which depends on the request's and on how many tokens there are by then: the same in a conversation that goes on and
+    in one that begins with what was written. An engine that is interrupted sends what it has, with the finish reason "unfinished";
+    next_request() goes on after it. A function that raises ends its answer: `error` says why, in one line.
     """
 
     def __init__(
@@ -101,16 +99,17 @@ class Conversation:
         tokenizer: "PreTrainedTokenizerBase",
         begun: Response | None = None,
     ):
-        """request: of the whole answer; its stop texts end it. begun: what `response` gave of an interrupted answer; the function runs
-        again up to there, and gets what was written then."""
+        """request: of the whole answer; at its stop texts the engine has ended it. begun: what `response` gave of an interrupted answer;
+        the function runs again up to there, and gets what was written then."""
         self.error: str | None = None
-        self._function, self._prompt, self._request = function, prompt, request
+        self._function, self._prompt, self._request, self._tokenizer = function, prompt, request, tokenizer
         self._answer = Answer(tokenizer, request.max_tokens, begun)
         self._versions: list[tuple[int, int]] = []  # (first token, weight version)
-        self._calls = self._first = 0  # of the engine so far; the token at which the running one began
+        self._first, self._asked = 0, False  # the token at which the running call began; whether there was a call
         self._stops: tuple[str, ...] = ()
         self._finish_reason = "unfinished"
-        self._advance(lambda: function(prompt, self._answer), None)
+        self._generator = function(prompt, self._answer)
+        self._advance(None)
         while begun is not None and self.next_request() is not None and len(self._answer.token_ids) < len(begun.token_ids):
             self.send(self._recorded_call(begun))
 
@@ -122,41 +121,40 @@ class Conversation:
             self._request,
             token_ids=(*self._request.token_ids, *self._answer.token_ids),
             max_tokens=self._answer.room,
-            seed=seed_of(self._request.seed, self._calls),
+            seed=seed_of(self._request.seed, len(self._answer.token_ids)),
             stop=tuple(dict.fromkeys((*self._request.stop, *self._stops))),
         )
 
     def send(self, response: Response) -> None:
         """What the engine wrote to the last request."""
-        at = len(self._answer.token_ids)
-        self._versions += [(at + first, version) for first, version in ((0, response.weight_version), *(response.later_versions or ()))]
-        self._answer._extend(response.token_ids, response.logprobs, 1)
-        self._calls += 1
+        if response.token_ids:
+            at, own = len(self._answer.token_ids), ((0, response.weight_version), *(response.later_versions or ()))
+            self._versions += [(at + first, version) for first, version in own]
+        self._answer.extend(response.token_ids, response.logprobs, 1)
+        self._asked = True
         if response.finish_reason != "unfinished":
-            reached = response.finish_reason == "stop" and self._holds_stop(None)
-            self._advance(lambda: self._generator, reached)
+            reached = response.finish_reason == "stop" and self._holds_stop(self._answer.token_ids[self._first :])
+            self._advance(reached)
 
     @property
     def response(self) -> Response:
         """The answer so far, "unfinished" until it is complete: tokens of tools have mask 0 and log-prob 0.0."""
         answer = self._answer
         kept = [pair for pair, before in zip(self._versions, [(0, None), *self._versions]) if pair[1] != before[1]]
-        return Response(
-            list(answer.token_ids), list(answer.logprobs), self._finish_reason, kept[0][1] if kept else 0, answer.text,
-            list(answer.loss_mask), later_versions=kept[1:] or None,
-        )  # fmt: skip
+        version, later = kept[0][1] if kept else 0, kept[1:] or None
+        ids, logprobs, mask = list(answer.token_ids), list(answer.logprobs), list(answer.loss_mask)
+        return Response(ids, logprobs, self._finish_reason, version, answer.text, mask, later_versions=later)
 
-    def _advance(self, start: Callable[[], Generator], reached: bool | None) -> None:
+    def _advance(self, reached: bool | None) -> None:
         """Run the function to its next yield; `reached` is what it gets (None: it begins)."""
         try:
-            self._generator = start()
             stops = self._generator.send(reached)
             if self._answer.room:
                 self._stops, self._first = _checked(stops), len(self._answer.token_ids)
                 return
             self._generator.close()
         except StopIteration:
-            if not self._calls:
+            if not self._asked:
                 self._fail("it ended before the engine wrote anything")
         except Exception as error:  # noqa: BLE001 - whatever the user's function raises
             self._fail(f"{type(error).__name__}: {error}")
@@ -166,9 +164,9 @@ class Conversation:
         name = getattr(self._function, "__name__", "?")
         self.error = " ".join(f"rollout function {name} failed in an answer to {self._prompt.id}, which ends there ({reason})".split())
 
-    def _holds_stop(self, end: int | None) -> bool:
-        """Whether one of the function's texts is in what the running call has written, up to token `end`."""
-        text = self._answer.decode(self._first, end)
+    def _holds_stop(self, token_ids: list[int]) -> bool:
+        """Whether one of the function's texts is in these tokens of the running call."""
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return any(stop in text for stop in self._stops)
 
     def _recorded_call(self, begun: Response) -> Response:
@@ -176,12 +174,10 @@ class Conversation:
         or a tool's tokens end it."""
         at = len(self._answer.token_ids)
         end = _end_of_run(begun, at, 1)
-        decode = self._answer._tokenizer.decode
         low, high = at, end + 1  # the least end with which a stop text is there; end + 1: none
         while high - low > 1:
             middle = (low + high) // 2
-            text = decode(begun.token_ids[at:middle], skip_special_tokens=True)
-            low, high = (low, middle) if any(stop in text for stop in self._stops) else (middle, high)
+            low, high = (low, middle) if self._holds_stop(begun.token_ids[at:middle]) else (middle, high)
         over = high <= end or end < len(begun.token_ids)
         end, versions = min(high, end), begun.versions
         later = [(i - at, versions[i]) for i in range(at + 1, end) if versions[i] != versions[i - 1]]

@@ -1,0 +1,182 @@
+"""Conversations of a rollout function with an engine that writes from a script."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from megatron_nft.errors import UserError
+from megatron_nft.prompts import load_tokenizer
+from megatron_nft.rollout import Request
+from megatron_nft.rollout.tools import Conversation, resolve
+from megatron_nft.trajectories import Prompt, Response
+from tests.support import ROOT, load_example
+
+END = "<|im_end|>"
+PROMPT = Prompt("set/0", "What is 47*8+35?", "411", (5, 6, 7), "set")
+REQUEST = Request(PROMPT.token_ids, 0.7, 0.9, 64, seed=11)
+calculator = load_example("calculator/calculator.py").calculator
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(ROOT / "examples/arithmetic/model")
+
+
+@dataclass
+class Script:
+    """An engine that writes the texts of a script, one a request, each token with log-prob -0.5."""
+
+    tokenizer: object
+    texts: list[str]
+    asked: list[Request] = field(default_factory=list)
+    version: int = 0
+
+    def __call__(self, request: Request) -> Response:
+        ids = self.tokenizer(self.texts[len(self.asked)], add_special_tokens=False)["input_ids"]
+        self.asked.append(request)
+        reason = "length" if len(ids) >= request.max_tokens else "stop"
+        ids = ids[: request.max_tokens]
+        return Response(ids, [-0.5] * len(ids), reason, self.version, self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def talk(conversation: Conversation, script: Script, calls: int = 99) -> Response:
+    while calls and (request := conversation.next_request()) is not None:
+        conversation.send(script(request))
+        calls -= 1
+    return conversation.response
+
+
+def trained(response: Response, tokenizer, mask: int) -> str:
+    return tokenizer.decode([token for token, counts in zip(response.token_ids, response.loss_mask) if counts == mask])
+
+
+def test_a_calculator(tokenizer):
+    """What the model wrote has mask 1 and its log-probs, what the calculator wrote 0 and 0.0; every call goes on where the last ended."""
+    script = Script(tokenizer, ["7*8=", ",40*8=", ",56+320=", ",376+35=", f" \\boxed{{411}}{END}"])
+    conversation = Conversation(calculator, PROMPT, REQUEST, tokenizer)
+    found = talk(conversation, script)
+    assert found.text == "7*8=56,40*8=320,56+320=376,376+35=411 \\boxed{411}" and found.finish_reason == "stop"
+    assert trained(found, tokenizer, 0) == "56320376411"
+    assert trained(found, tokenizer, 1) == f"7*8=,40*8=,56+320=,376+35= \\boxed{{411}}{END}"
+    assert found.logprobs == [-0.5 if counts else 0.0 for counts in found.loss_mask] and conversation.error is None
+    so_far = tuple(tokenizer("7*8=56,40*8=320", add_special_tokens=False)["input_ids"])
+    third = script.asked[2]
+    assert third.token_ids == PROMPT.token_ids + so_far and third.max_tokens == 64 - len(so_far)
+    assert (third.temperature, third.top_p, third.stop) == (0.7, 0.9, ("=",))
+    assert len({request.seed for request in script.asked}) == 5 and conversation.next_request() is None
+
+
+def test_a_request_is_the_same_until_it_is_answered_and_seeds_hang_on_the_answers_seed(tokenizer):
+    first, again, other = (Conversation(calculator, PROMPT, replace(REQUEST, seed=s), tokenizer) for s in (11, 11, 12))
+    assert first.next_request() == first.next_request() == again.next_request()
+    assert first.next_request().seed != other.next_request().seed
+
+
+@pytest.mark.parametrize("max_tokens, text", [(4, "7*8="), (5, "7*8=5"), (6, "7*8=56"), (3, "7*8"), (7, "7*8=56,")])
+def test_both_count_in_the_length(tokenizer, max_tokens, text):
+    """One token a digit: cut in the model's part, and in the calculator's."""
+    closed = []
+
+    def function(prompt, answer):
+        try:
+            yield from calculator(prompt, answer)
+        finally:
+            closed.append(True)
+
+    found = talk(Conversation(function, PROMPT, replace(REQUEST, max_tokens=max_tokens), tokenizer), Script(tokenizer, ["7*8=", ",40*8="]))
+    assert found.text == text and found.finish_reason == "length" and closed == [True]
+    assert len(found.token_ids) == len(found.loss_mask) == len(found.logprobs) == max_tokens
+
+
+def test_a_function_may_begin_end_and_go_on_after_the_model(tokenizer):
+    """It writes first; the model ends its turn; the function writes another turn, and ends the answer itself."""
+
+    def function(prompt, answer):
+        answer.append("47*8=376,")
+        assert (yield ()) is False
+        answer.append("376+35=")
+        assert (yield (",", ".")) is True
+        answer.append("!")
+
+    found = talk(Conversation(function, PROMPT, REQUEST, tokenizer), Script(tokenizer, [f"so{END}", "411."]))
+    assert tokenizer.decode(found.token_ids) == f"47*8=376,so{END}376+35=411.!" and found.finish_reason == "stop"
+    assert trained(found, tokenizer, 1) == f"so{END}411."
+
+
+def test_the_runs_own_stop_texts_stay(tokenizer):
+    script = Script(tokenizer, ["7*8=", "done."])
+    found = talk(Conversation(calculator, PROMPT, replace(REQUEST, stop=(".", "=")), tokenizer), script)
+    assert found.text == "7*8=56done." and script.asked[0].stop == (".", "=")
+
+
+def failing(prompt, answer):
+    yield "="
+    raise ValueError("no such\ntable")
+
+
+def silent(prompt, answer):
+    if answer.text:
+        yield "="
+
+
+def wrong(prompt, answer):
+    yield "="
+    yield 7
+
+
+@pytest.mark.parametrize(
+    "function, said, text",
+    [(failing, "ValueError: no such table", "7*8="), (silent, "before the engine wrote", ""), (wrong, "it yielded 7", "7*8=")],
+)
+def test_an_error_ends_the_answer(tokenizer, function, said, text):
+    conversation = Conversation(function, PROMPT, REQUEST, tokenizer)
+    found = talk(conversation, Script(tokenizer, ["7*8="]))
+    assert found.text == text and found.finish_reason == "stop" and conversation.next_request() is None
+    assert said in conversation.error and "\n" not in conversation.error and "set/0" in conversation.error
+
+
+def interrupted(conversation: Conversation, script: Script, calls: int, tokens: int) -> Response:
+    """After so many whole calls, a part of one."""
+    talk(conversation, script, calls)
+    part = script(conversation.next_request())
+    script.asked.pop()
+    ids = part.token_ids[:tokens]
+    conversation.send(Response(ids, part.logprobs[:tokens], "unfinished", script.version, ""))
+    return conversation.response
+
+
+@pytest.mark.parametrize("calls, tokens", [(0, 0), (0, 2), (1, 0), (1, 3), (2, 0), (2, 3)])
+@pytest.mark.parametrize("form", ["goes on", "again"])
+def test_an_interrupted_answer_goes_on(tokenizer, calls, tokens, form):
+    """In the same conversation, or in a new one that begins with what was written; a tool that says something else by then is not heard."""
+    texts = ["7*8=", ",40*8=", f" \\boxed{{320}}{END}"]
+    conversation, script = Conversation(calculator, PROMPT, REQUEST, tokenizer), Script(tokenizer, texts, version=3)
+    begun = interrupted(conversation, script, calls, tokens)
+    before = len(begun.token_ids)
+
+    def restless(prompt, answer):
+        while (yield "="):
+            answer.append("0" if len(answer.token_ids) < before else str(eval(answer.text.rsplit(",")[-1].rstrip("="))))
+
+    if form == "again":
+        before_it, conversation = conversation, Conversation(restless, PROMPT, REQUEST, tokenizer, begun)
+        assert conversation.response == (begun if begun.token_ids else replace(begun, weight_version=0))
+        assert conversation.next_request() == before_it.next_request()
+    assert conversation.next_request().token_ids == PROMPT.token_ids + tuple(begun.token_ids)
+    rest = texts[calls:]
+    if tokens:
+        rest[0] = tokenizer.decode(tokenizer(rest[0], add_special_tokens=False)["input_ids"][tokens:])
+    found = talk(conversation, Script(tokenizer, rest, version=4))
+    assert found.text == "7*8=56,40*8=320 \\boxed{320}" and found.finish_reason == "stop"
+    assert found.versions == [3] * before + [4] * (len(found.token_ids) - before)
+    assert trained(found, tokenizer, 0) == "56320"
+
+
+def test_names_resolve(tmp_path):
+    assert resolve(str(ROOT / "examples/calculator/calculator.py:calculator")).__name__ == "calculator"
+    (tmp_path / "mine.py").write_text("def plain(prompt, answer):\n    return 1\n\ndef one(prompt):\n    yield 1\n")
+    for name, said in (("plain", "never yields"), ("one", r"cannot be called with \(prompt, answer\)"), ("none", "use one of plain, one")):
+        with pytest.raises(UserError, match=f"rollout function .*{said}"):
+            resolve(f"{tmp_path / 'mine.py'}:{name}")
+    with pytest.raises(UserError, match="there is no rollout function 'calculator': use package.module:function"):
+        resolve("calculator")
