@@ -86,8 +86,8 @@ class Conversation:
     """One answer on its way, step by step: `next_request` is what the engine has to write now, `send` takes what it wrote.
 
     next_request() is the same until something is sent, so a request that an engine lost can be asked for again. Each call of the engine
-    has a seed of its own, which depends on the request's and on how many tokens there are by then: the same in a conversation that goes on and
-    in one that begins with what was written. An engine that is interrupted sends what it has, with the finish reason "unfinished";
+    has a seed of its own, which depends on the request's and on how many tokens there are by then: the same in a conversation that goes
+    on and in one that begins with what was written. An engine that is interrupted sends what it has, with the finish reason "unfinished";
     next_request() goes on after it. A function that raises ends its answer: `error` says why, in one line.
     """
 

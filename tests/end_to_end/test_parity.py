@@ -76,16 +76,15 @@ def test_the_demos_model(found):
 
 
 def test_answers_with_a_calculator(found):
-    """What the model wrote lines up token for token, and what the calculator wrote is in none of it: all sums but none of a mistake."""
+    """What the model wrote lines up token for token, and what the calculator wrote, the value of every formula, is no part of it."""
     compare(found["calculator"], 10, 2e-5)
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    sums = []
+    sums = 0
     for answer in found["calculator"]:
-        of_answer = re.findall(r"(\d+[-+*]\d+)=(-?\d+)", answer["text"])
-        assert all(int(result) == eval(formula) for formula, result in of_answer), answer["text"]
-        assert "".join(result for _, result in of_answer) == tokenizer.decode(answer["masked"])
-        sums += of_answer
-    assert len(sums) > 10
+        formulas = re.findall(r"(\d+(?:[-+*]\d+)+)=", answer["text"])
+        assert tokenizer.decode(answer["masked"]) == "".join(str(eval(formula)) for formula in formulas), answer["text"]
+        sums += len(formulas)
+    assert sums > 10
 
 
 def test_a_real_pretrained_model(tmp_path):
