@@ -27,6 +27,8 @@ from megatron_nft.trajectories import Prompt, Response
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from megatron_nft.rollout.engine import Engine
+
 Stops = str | tuple[str, ...]
 RolloutFunction = Callable[[Prompt, "Answer"], Generator[Stops, bool, None]]
 
@@ -183,6 +185,38 @@ class Conversation:
         later = [(i - at, versions[i]) for i in range(at + 1, end) if versions[i] != versions[i - 1]]
         ids, logprobs = begun.token_ids[at:end], begun.logprobs[at:end]
         return Response(ids, logprobs, "stop" if over else "unfinished", versions[at], "", later_versions=later or None)
+
+
+def generate(
+    engine: "Engine",
+    function: RolloutFunction | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[Prompt],
+    requests: list[Request],
+    on_finish: Callable[[int, Response], None] | None = None,
+) -> tuple[list[Response], list[str]]:
+    """Engine.generate with a rollout function: the answers to requests[i] of prompts[i], and the errors of the function.
+
+    All answers go on together, one call of the engine each, until the last one is complete; a collective, in which every engine takes part
+    as long as one of them has something to write.
+    """
+    if function is None:
+        return engine.generate(requests, on_finish), []
+    conversations = [Conversation(function, *pair, tokenizer) for pair in zip(prompts, requests, strict=True)]
+    going = [i for i, one in enumerate(conversations) if one.next_request() is not None]
+
+    def take(which: int, response: Response) -> None:
+        index = going[which]
+        conversations[index].send(response)
+        if on_finish is not None and conversations[index].next_request() is None:
+            on_finish(index, conversations[index].response)
+
+    for index in set(range(len(conversations))).difference(going) if on_finish else ():  # failed before it had begun
+        on_finish(index, conversations[index].response)
+    while any(engine.gather(bool(going))):
+        engine.generate([conversations[i].next_request() for i in going], take)
+        going = [i for i in going if conversations[i].next_request() is not None]
+    return [one.response for one in conversations], [one.error for one in conversations if one.error]
 
 
 def _checked(stops: object) -> tuple[str, ...]:

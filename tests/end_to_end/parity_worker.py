@@ -55,12 +55,9 @@ def one_model(case: dict, window: int, topology: policy.Topology, config: Config
 def with_tools(case: dict, engine: rollout.Engine, prompts: list[Prompt], requests: list[rollout.Request]) -> list[Response]:
     """All answers together, call after call."""
     function, tokenizer = tools.resolve(case["function"]), AutoTokenizer.from_pretrained(case["model"])
-    conversations = [tools.Conversation(function, *pair, tokenizer) for pair in zip(prompts, requests, strict=True)]
-    while going := [one for one in conversations if one.next_request() is not None]:
-        for one, response in zip(going, engine.generate([one.next_request() for one in going]), strict=True):
-            one.send(response)
-    assert not any(one.error for one in conversations)
-    return [one.response for one in conversations]
+    responses, errors = tools.generate(engine, function, tokenizer, prompts, requests)
+    assert errors == []
+    return responses
 
 
 def trained(values: list[float], group: Group) -> list[float]:

@@ -4,12 +4,14 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from megatron_nft.config import load
 from megatron_nft.errors import UserError
 from megatron_nft.prompts import load_tokenizer
 from megatron_nft.rollout import Request
-from megatron_nft.rollout.tools import Conversation, resolve
+from megatron_nft.rollout.tools import Conversation, generate, resolve
 from megatron_nft.trajectories import Prompt, Response
 from tests.support import ROOT, load_example
+from tests.unit.rollout.fakes import LENGTHS, MIXED, RIGHT, WRONG, FakeEngine, fake_prompt, on_ranks
 
 END = "<|im_end|>"
 PROMPT = Prompt("set/0", "What is 47*8+35?", "411", (5, 6, 7), "set")
@@ -170,6 +172,46 @@ def test_an_interrupted_answer_goes_on(tokenizer, calls, tokens, form):
     assert found.text == "7*8=56,40*8=320 \\boxed{320}" and found.finish_reason == "stop"
     assert found.versions == [3] * before + [4] * (len(found.token_ids) - before)
     assert trained(found, tokenizer, 0) == "56320"
+
+
+def adding(prompt, answer):
+    """Three calls for the prompts of the first kind, one for the others; an error in some."""
+    for _ in range(3 if prompt.token_ids[0] == RIGHT else 1):
+        yield ()
+        answer.append("1+1")
+    if prompt.token_ids[0] == WRONG:
+        raise KeyError("of a tool")
+
+
+@pytest.mark.parametrize("ranks, tp", [(1, 1), (3, 1), (4, 2)])
+def test_engines_go_on_together(tokenizer, ranks, tp):
+    """However many calls the answers of an engine need, every engine takes part in all of them; finished ones are handed on at once."""
+    prompts = [fake_prompt(kind, i) for i, kind in enumerate([RIGHT, MIXED, WRONG, MIXED])]
+
+    def run(engine: FakeEngine):
+        share = prompts[engine.index :: engine.count]
+        requests, told = [Request(prompt.token_ids, 1.0, 1.0, 40, seed=7) for prompt in share], []
+        found = generate(engine, adding, tokenizer, share, requests, lambda index, response: told.append((index, response)))
+        assert sorted(told, key=lambda pair: pair[0]) == list(enumerate(found[0]))
+        return share, found
+
+    for share, (responses, errors) in on_ranks(ranks, 1, run, tp):
+        for prompt, response in zip(share, responses, strict=True):
+            calls, length = (3 if prompt.token_ids[0] == RIGHT else 1), LENGTHS[prompt.token_ids[0]]
+            assert response.loss_mask == ([1] * length + [0] * 3) * calls
+        assert len(errors) == sum(prompt.token_ids[0] == WRONG for prompt in share)
+
+
+def test_without_a_function_the_engine_writes_alone(tokenizer):
+    engine = FakeEngine(1)
+    request = replace(REQUEST, token_ids=(RIGHT, 5))
+    responses, errors = generate(engine, None, tokenizer, [PROMPT], [request], lambda *_: None)
+    assert engine.requests == [request] and responses[0].loss_mask is None and errors == []
+
+
+def test_the_example_is_a_config():
+    config = load(ROOT / "examples/calculator/nft.yaml")
+    assert resolve(str(ROOT / config.rollout.function)).__name__ == "calculator"
 
 
 def test_names_resolve(tmp_path):
