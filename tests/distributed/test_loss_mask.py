@@ -139,4 +139,4 @@ def test_the_answers_say_something(both):
         assert max(float(g.norm()) for g in found[name, "rollout", "nan"]["gradients"].values()) > 1e-3, name
         assert found[name, "recompute", "nan"]["totals"]["units_truncated"] > 0, name
     clipped = {name: found[name, "rollout", "nan"]["totals"] for name in ALL if name.endswith("token") and "rft" not in name}
-    assert all(totals["right_clipped"] + totals["wrong_clipped"] > 0 for totals in clipped.values())
+    assert [name for name, totals in clipped.items() if not totals["right_clipped"] + totals["wrong_clipped"]] == []
