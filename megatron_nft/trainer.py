@@ -72,6 +72,8 @@ class Given:
         validation = {} if config.replay else prompts.load_sets(config.evaluation.sets, tokenizer, config.data)
         if config.replay:
             rollout.check_replay(config, tokenizer)
+        elif config.rollout.function:
+            rollout.tools.resolve(config.rollout.function)
         if validation:
             evaluation.check(validation, config.evaluation)
         return cls(training, validation, found)

@@ -3,6 +3,7 @@
 vLLM is imported when an Engine is made and not before, so that this package imports without it.
 """
 
+from megatron_nft.rollout import tools
 from megatron_nft.rollout.engine import Engine, Request, check_world
 from megatron_nft.rollout.record import (
     read_coefficients,
@@ -17,5 +18,5 @@ from megatron_nft.rollout.sampler import Rollout, Sampler
 
 __all__ = [
     "Engine", "NoEngine", "Replay", "Request", "Rollout", "Sampler", "check_replay", "check_world", "read_coefficients", "read_rollouts",
-    "rollout_path", "step_files", "write_coefficients", "write_rollouts",
+    "rollout_path", "step_files", "tools", "write_coefficients", "write_rollouts",
 ]  # fmt: skip

@@ -25,10 +25,8 @@ def settings_of(number: int, name: str, ratio: str) -> ObjectiveConfig:
     """Every objective with every ratio; reductions and corrections in turn."""
     level = RATIOS[number % 3] if ratio == "token" else RATIOS[1 + number % 2]
     correction = CorrectionConfig(("truncate", "mask")[number // 3 % 2], level, cap=1.05, floor=0.9)
-    clips = {"clip_ratio_high": 0.2} if name == "cispo" else {}  # its own is so high that it never cuts
-    return ObjectiveConfig(
-        name=name, ratio=ratio, **clips, reduction=REDUCTIONS[number % 3], reduction_constant=10.0, correction=correction
-    )
+    more = {"clip_ratio_high": 0.2} if name == "cispo" else {}  # its own is so high that it never cuts
+    return ObjectiveConfig(name=name, ratio=ratio, reduction=REDUCTIONS[number % 3], reduction_constant=10.0, correction=correction, **more)
 
 
 ALL = {f"{name} {ratio}": settings_of(i, name, ratio) for i, (name, ratio) in enumerate(product(objectives.OBJECTIVES, RATIOS))}
