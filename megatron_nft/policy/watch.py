@@ -35,8 +35,9 @@ class Watch:
         self._noted.append((batch, slots, torch.stack([ratios, -gradient / inputs.scale]).float()))  # stays where it is: no waiting
 
     def collect(self, topology: Topology) -> list[Pushes]:
-        """What was noted on all ranks, in order of the answers; empty on all ranks but the first. Collective."""
+        """What was noted on all ranks, in order of the answers; empty on all ranks but the first. Collective, and once."""
         own = [part for noted in self._noted for part in self._parts(*noted)] if topology.speaks else []
+        self._noted = []
         everyone: list | None = [None] * topology.world_size if topology.is_first else None
         dist.gather_object(own, everyone)
         parts: dict[int, list] = {}

@@ -52,6 +52,7 @@ class Answer:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.loss_mask: list[int] = []
+        self.cut = False  # whether there was more to write than room
         self._tokenizer, self._max_tokens, self._recorded = tokenizer, max_tokens, recorded
 
     @property
@@ -66,7 +67,9 @@ class Answer:
 
     def append(self, text: str) -> None:
         """Write text into the answer, as much of it as there is room for."""
-        tokens = self._as_recorded(list(self._tokenizer(text, add_special_tokens=False)["input_ids"]))[: self.room]
+        tokens = self._as_recorded(list(self._tokenizer(text, add_special_tokens=False)["input_ids"]))
+        self.cut |= len(tokens) > self.room
+        tokens = tokens[: self.room]
         self.extend(tokens, [0.0] * len(tokens), 0)
 
     def extend(self, token_ids: list[int], logprobs: list[float], mask: int) -> None:
@@ -81,7 +84,7 @@ class Answer:
         if recorded is None or at >= len(recorded.token_ids):
             return tokens
         then = recorded.token_ids[at : _end_of_run(recorded, at, 0)]
-        return tokens if then[: len(tokens)] == tokens else then
+        return tokens if tokens and then[: len(tokens)] == tokens else then
 
 
 class Conversation:
@@ -113,6 +116,7 @@ class Conversation:
         self._generator = function(prompt, self._answer)
         self._advance(None)
         while begun is not None and self.next_request() is not None and len(self._answer.token_ids) < len(begun.token_ids):
+            self._answer.append("")  # what a tool wrote stands, should it write nothing now
             self.send(self._recorded_call(begun))
 
     def next_request(self) -> Request | None:
@@ -134,6 +138,7 @@ class Conversation:
             self._versions += [(at + first, version) for first, version in own]
         self._answer.extend(response.token_ids, response.logprobs, 1)
         self._asked = True
+        self._answer.cut |= response.finish_reason == "length"
         if response.finish_reason != "unfinished":
             reached = response.finish_reason == "stop" and self._holds_stop(self._answer.token_ids[self._first :])
             self._advance(reached)
@@ -154,13 +159,14 @@ class Conversation:
             if self._answer.room:
                 self._stops, self._first = _checked(stops), len(self._answer.token_ids)
                 return
+            self._answer.cut = True
             self._generator.close()
         except StopIteration:
             if not self._asked:
                 self._fail("it ended before the engine wrote anything")
         except Exception as error:  # noqa: BLE001 - whatever the user's function raises
             self._fail(f"{type(error).__name__}: {error}")
-        self._finish_reason = "stop" if self._answer.room else "length"
+        self._finish_reason = "length" if self._answer.cut else "stop"
 
     def _fail(self, reason: str) -> None:
         name = getattr(self._function, "__name__", "?")

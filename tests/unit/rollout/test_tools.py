@@ -34,9 +34,11 @@ class Script:
     version: int = 0
 
     def __call__(self, request: Request) -> Response:
-        ids = self.tokenizer(self.texts[len(self.asked)], add_special_tokens=False)["input_ids"]
+        text = self.texts[len(self.asked)]
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         self.asked.append(request)
-        reason = "length" if len(ids) >= request.max_tokens else "stop"
+        ended = len(ids) <= request.max_tokens and text.endswith((END, *request.stop))
+        reason = "stop" if ended or len(ids) < request.max_tokens else "length"
         ids = ids[: request.max_tokens]
         return Response(ids, [-0.5] * len(ids), reason, self.version, self.tokenizer.decode(ids, skip_special_tokens=True))
 
@@ -88,6 +90,19 @@ def test_both_count_in_the_length(tokenizer, max_tokens, text):
     found = talk(Conversation(function, PROMPT, replace(REQUEST, max_tokens=max_tokens), tokenizer), Script(tokenizer, ["7*8=", ",40*8="]))
     assert found.text == text and found.finish_reason == "length" and closed == [True]
     assert len(found.token_ids) == len(found.loss_mask) == len(found.logprobs) == max_tokens
+
+
+def test_an_answer_that_just_fits_is_not_cut(tokenizer):
+    """The model's end token, or the function's last text, is the last token there is room for."""
+    found = talk(Conversation(calculator, PROMPT, replace(REQUEST, max_tokens=2), tokenizer), Script(tokenizer, [f"7{END}"]))
+    assert found.text == "7" and found.finish_reason == "stop" and len(found.token_ids) == 2
+
+    def once(prompt, answer):
+        yield "="
+        answer.append("56")
+
+    found = talk(Conversation(once, PROMPT, replace(REQUEST, max_tokens=6), tokenizer), Script(tokenizer, ["7*8="]))
+    assert found.text == "7*8=56" and found.finish_reason == "stop"
 
 
 def test_a_function_may_begin_end_and_go_on_after_the_model(tokenizer):
@@ -212,6 +227,19 @@ def test_without_a_function_the_engine_writes_alone(tokenizer):
 def test_the_example_is_a_config():
     config = load(ROOT / "examples/calculator/nft.yaml")
     assert resolve(str(ROOT / config.rollout.function)).__name__ == "calculator"
+
+
+def test_a_tool_that_is_silent_the_second_time(tokenizer):
+    """What it wrote stands, and the function goes on after it."""
+    conversation = Conversation(calculator, PROMPT, REQUEST, tokenizer)
+    begun = interrupted(conversation, Script(tokenizer, ["7*8=", ",40*8="]), 1, 2)
+
+    def silent(prompt, answer):
+        while True:
+            yield "="
+
+    again = Conversation(silent, PROMPT, REQUEST, tokenizer, begun)
+    assert again.response == begun and again.next_request() == conversation.next_request()
 
 
 def test_names_resolve(tmp_path):
