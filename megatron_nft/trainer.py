@@ -109,13 +109,15 @@ class Run:
         self._open.callback(policy.shutdown)
         self.policy = policy.Policy(config, self.topology)
         self.objective = partial(objectives.loss, settings=config.objective)
-        self.cursor = Cursor(given.prompts, config.seed, config.data.shuffle)
+        self.cursor = Cursor(given.prompts, config.seed, config.data.shuffle, config.data.most_skipped)
         self.first_step = self.tokens = 0  # tokens: sampled so far
-        self.state = self._state(0)
+        self.state: dict = {}
+        self.carried: list[Group] = []  # with self.state: the sampler's groups that go on in the next step
         self.watch: policy.Watch  # R and c of some answers of the step at hand
         self.validated: tuple[int, dict[str, float]] = (-1, {})  # the last validation: after which step, and what it gave
+        loaded = None
         if given.checkpoint:
-            _, self.state = self.policy.load_newest(given.checkpoint)
+            loaded, self.state = self.policy.load_newest(given.checkpoint)
             self.first_step, self.tokens = self.state["step"], self.state["tokens"]
             self.cursor.load_state_dict(self.state["cursor"])
         self.policy.offload()  # what the engine finds free it takes
@@ -134,6 +136,12 @@ class Run:
         self.sampler = (
             rollout.Replay(self.engine, config) if config.replay else rollout.Sampler(self.engine, self.judge, self.cursor, config)
         )
+        if loaded:
+            rollout.check_resumed(config, self.state["sampler"])
+            self.sampler.load(self.state["sampler"], loaded)
+            self.carried = self.sampler.carried()
+        else:
+            self._note_state(0)
         self.check = None if config.replay else SelfCheck(self.policy, self.engine, given.prompts.prompts, config)
         self.sync(self.first_step)
 
@@ -262,7 +270,7 @@ class Run:
         self._log_measured([*updates[:1], *measured])
         self._write_coefficients(step)
         self.log.add({f"train/{name}": value for name, value in objectives.summarize(updates, config.optimizer.clip_grad).items()})
-        self.state = self._state(step)
+        self._note_state(step)
         interval = config.evaluation.interval
         self._finish_row(step, validate=bool(self.validation and interval and (step % interval == 0 or last)))
         if last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
@@ -271,9 +279,11 @@ class Run:
                 self.policy.offload()
                 self.engine.wake()
 
-    def _state(self, step: int) -> dict:
-        """What a checkpoint after `step` tells besides the model: JSON."""
-        return {"command": "train", "step": step, "tokens": self.tokens, "cursor": self.cursor.state_dict()}
+    def _note_state(self, step: int) -> None:
+        """What a checkpoint after `step` tells besides the model: JSON, and the answers that go on."""
+        cursor, sampler = self.cursor.state_dict(), self.sampler.state_dict()
+        self.state = {"command": "train", "step": step, "tokens": self.tokens, "cursor": cursor, "sampler": sampler}
+        self.carried = self.sampler.carried()
 
     def _finish_row(self, step: int, validate: bool) -> None:
         """Validate and commit the row. Until then it is part of the state: a run stopped here makes the validation when it goes on."""
@@ -302,7 +312,8 @@ class Run:
         if self.config.train.offload != "none":
             self.engine.sleep(level=1)  # what left the GPU comes back to be written, and needs the room
         step, scores = self.validated
-        self.saves.start(self.state, scores if step == self.state["step"] else None)
+        more = partial(self.sampler.write_carried, groups=self.carried)
+        self.saves.start(self.state, scores if step == self.state["step"] else None, more)
 
     def finish(self) -> None:
         """Export the model, write the report, print the table. Raises UserError where the last checkpoint could not be saved."""

@@ -13,10 +13,10 @@ from megatron_nft.rollout.record import (
     write_coefficients,
     write_rollouts,
 )
-from megatron_nft.rollout.replay import NoEngine, Replay, check_replay
+from megatron_nft.rollout.replay import NoEngine, Replay, check_replay, check_resumed
 from megatron_nft.rollout.sampler import Rollout, Sampler
 
 __all__ = [
-    "Engine", "NoEngine", "Replay", "Request", "Rollout", "Sampler", "check_replay", "check_world", "read_coefficients", "read_rollouts",
-    "rollout_path", "step_files", "tools", "write_coefficients", "write_rollouts",
+    "Engine", "NoEngine", "Replay", "Request", "Rollout", "Sampler", "check_replay", "check_resumed", "check_world", "read_coefficients",
+    "read_rollouts", "rollout_path", "step_files", "tools", "write_coefficients", "write_rollouts",
 ]  # fmt: skip

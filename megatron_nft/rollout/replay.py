@@ -75,6 +75,14 @@ def _check_tokens(files: list[Path], config: Config, tokenizer: "PreTrainedToken
             )
 
 
+def check_resumed(config: Config, state: dict) -> None:
+    """Raise UserError where a replay would go on as a run, or a run as a replay. state: of the sampler, in the checkpoint."""
+    replayed = "replay" in state
+    if replayed != (config.replay is not None):
+        kind, mend = ("a replay", "set replay") if replayed else ("a run that sampled its answers", "leave replay out")
+        raise UserError(f"run_dir {config.run_dir} holds {kind}", f"{mend}, or choose another run_dir")
+
+
 class NoEngine:
     """In an engine's place where nothing is sampled: each process is one, so that all of them have a share of what was saved."""
 
@@ -114,6 +122,21 @@ class Replay:
 
     def sync(self, buckets: Iterator[Bucket], version: int) -> None:
         """The weights are nobody's but the trainer's: the stream is not begun, on any rank."""
+
+    def state_dict(self) -> dict:
+        """Tells a checkpoint what it is of."""
+        return {"replay": True}
+
+    def load(self, state: dict, directory: Path) -> None:
+        """A step hangs on none before it."""
+
+    def carried(self) -> list[Group]:
+        """Nothing goes on from one step to the next."""
+        return []
+
+    def write_carried(self, directory: Path, groups: list[Group]) -> list[Path]:
+        """So there is nothing to write."""
+        return []
 
 
 def _told(group: Group) -> tuple[int, list[tuple[float, int, bool, str]]]:

@@ -8,7 +8,7 @@ import pytest
 from megatron_nft.config import Config, save
 from megatron_nft.errors import UserError
 from megatron_nft.prompts import load_tokenizer
-from megatron_nft.rollout import Replay, check_replay, rollout_path, write_rollouts
+from megatron_nft.rollout import Replay, check_replay, check_resumed, rollout_path, write_rollouts
 from megatron_nft.trajectories import OUTCOMES
 from tests.support import ROOT, made_up_groups
 
@@ -116,6 +116,15 @@ def test_what_cannot_be_replayed(kind, said, config, tmp_path, tokenizer):
     spoil(kind, config, tmp_path)
     with pytest.raises(UserError, match=said):
         check_replay(config, tokenizer)
+
+
+def test_a_replay_goes_on_as_a_replay(config):
+    check_resumed(config, Replay(SimpleNamespace(), config).state_dict())
+    with pytest.raises(UserError, match="holds a run that sampled its answers: leave replay out"):
+        check_resumed(config, {"share": [1, 3]})
+    config.replay = None
+    with pytest.raises(UserError, match="holds a replay: set replay"):
+        check_resumed(config, {"replay": True})
 
 
 def test_a_model_that_has_moved_is_the_same_model(config, tmp_path, tokenizer):
