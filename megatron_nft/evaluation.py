@@ -58,7 +58,15 @@ def evaluate_model(config: Config, precision: str) -> None:
         tokens = max_answer_length(config)
         with progress(answers_expected(engine, prompt_sets, config.evaluation), "evaluate", "answers") as bar:
             result = evaluate(
-                engine, judge, prompt_sets, config.evaluation, tokens, config.seed, config.model.path, lambda *_: bar.update()
+                engine,
+                judge,
+                prompt_sets,
+                config.evaluation,
+                tokens,
+                config.seed,
+                config.model.path,
+                lambda *_: bar.update(),
+                config.rollout.function,
             )
         name = Path(config.model.path).resolve().name
         if engine.is_first:
@@ -73,7 +81,16 @@ def evaluate_model(config: Config, precision: str) -> None:
 
 def validate(engine: Engine, judge: Judge | None, prompt_sets: dict[str, PromptSet], config: Config, step: int) -> dict[str, float]:
     """The validation of a training step: writes run_dir/evaluations/step_N.json, returns the metrics. A collective call."""
-    result = evaluate(engine, judge, prompt_sets, config.evaluation, max_answer_length(config), config.seed, f"step {step}")
+    result = evaluate(
+        engine,
+        judge,
+        prompt_sets,
+        config.evaluation,
+        max_answer_length(config),
+        config.seed,
+        f"step {step}",
+        function=config.rollout.function,
+    )
     if engine.is_first and engine.index == 0:
         write_results(config.run_dir, f"step_{step}", result)
     return result.metrics()
@@ -88,15 +105,16 @@ def evaluate(
     seed: int,
     label: str,
     on_finish: Callable[[int, Response], None] | None = None,
+    function: str | None = None,
 ) -> Evaluation:
     """Answer every problem of every set. A collective call; the summary is the same on every rank.
 
-    max_tokens bounds an answer; label (a step, a model's name) is noted in the summary; on_finish(index, response) is called as
+    max_tokens bounds an answer; label (a step, a model's name) is noted in the summary; function: as rollout.function; on_finish(index, response) is called as
     this engine's answers finish, `answers_expected` of them. The judge may be None on ranks that are not their engine's first.
     """
     own = _own_problems(engine, prompt_sets, evaluation)
     requests = [_requests(prompt, name, evaluation, max_tokens, seed) for name, _, prompt in own]
-    groups = answer(engine, judge, [prompt for _, _, prompt in own], requests, on_finish)
+    groups = answer(engine, judge, [prompt for _, _, prompt in own], requests, on_finish, function)
     answers: dict[str, list[Group]] = {}
     parts: list[tuple[str, GroupSummary]] = []  # with the kind of answers it tells of
     for (name, position, _), group in zip(own, groups, strict=False):

@@ -193,9 +193,45 @@ class Conversation:
         return Response(ids, logprobs, "stop" if over else "unfinished", versions[at], "", later_versions=later or None)
 
 
+class Talks:
+    """The conversations of the answers that run, by their numbers; without a function the engine writes each answer alone.
+
+    `errors`: what the function said in failing, of the answers that are over.
+    """
+
+    def __init__(self, function: RolloutFunction | None, tokenizer: "PreTrainedTokenizerBase | None"):
+        self.errors: list[str] = []
+        self._function, self._tokenizer = function, tokenizer
+        self._running: dict[int, Conversation] = {}
+
+    def begin(self, number: int, prompt: Prompt, request: Request, max_tokens: int, before: Response | None) -> Request | None:
+        """What the engine has to write first; None where there is nothing. request: of what is missing of the answer, if `before` is there
+        of it; max_tokens: of the whole."""
+        if self._function is None:
+            return request
+        whole = replace(request, token_ids=prompt.token_ids, max_tokens=max_tokens)
+        self._running[number] = Conversation(self._function, prompt, whole, self._tokenizer, before)
+        return self._running[number].next_request()
+
+    def go_on(self, number: int, response: Response) -> Request | None:
+        """What the engine has to write after this; None where the answer is over."""
+        if self._function is None:
+            return None
+        self._running[number].send(response)
+        return self._running[number].next_request()
+
+    def end(self, number: int, response: Response, before: Response | None, decode: Callable[[list[int]], str]) -> Response:
+        """The whole answer, of which the engine's last response is known already, or what there is of an unfinished one."""
+        if self._function is None:
+            return response if before is None else before.followed_by(response, decode(before.token_ids + response.token_ids))
+        talk = self._running.pop(number)
+        self.errors += [talk.error] if talk.error else []
+        return talk.response
+
+
 def generate(
     engine: "Engine",
-    function: RolloutFunction | None,
+    function: RolloutFunction,
     tokenizer: "PreTrainedTokenizerBase",
     prompts: list[Prompt],
     requests: list[Request],
@@ -206,8 +242,6 @@ def generate(
     All answers go on together, one call of the engine each, until the last one is complete; a collective, in which every engine takes part
     as long as one of them has something to write.
     """
-    if function is None:
-        return engine.generate(requests, on_finish), []
     conversations = [Conversation(function, *pair, tokenizer) for pair in zip(prompts, requests, strict=True)]
     going = [i for i, one in enumerate(conversations) if one.next_request() is not None]
 

@@ -1,14 +1,18 @@
 """Conversations of a rollout function with an engine that writes from a script."""
 
+import sys
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_nft.config import load
+from megatron_nft.config import Config, load
 from megatron_nft.errors import UserError
-from megatron_nft.prompts import load_tokenizer
-from megatron_nft.rollout import Request
+from megatron_nft.prompts import Cursor, PromptSet, load_tokenizer
+from megatron_nft.rewards import Judge
+from megatron_nft.rollout import Request, Sampler
 from megatron_nft.rollout.tools import Conversation, generate, resolve
+from megatron_nft.rollout.verdicts import answer as judged
 from megatron_nft.trajectories import Prompt, Response
 from tests.support import ROOT, load_example
 from tests.unit.rollout.fakes import LENGTHS, MIXED, RIGHT, WRONG, FakeEngine, fake_prompt, on_ranks
@@ -212,16 +216,72 @@ def test_engines_go_on_together(tokenizer, ranks, tp):
 
     for share, (responses, errors) in on_ranks(ranks, 1, run, tp):
         for prompt, response in zip(share, responses, strict=True):
-            calls, length = (3 if prompt.token_ids[0] == RIGHT else 1), LENGTHS[prompt.token_ids[0]]
-            assert response.loss_mask == ([1] * length + [0] * 3) * calls
+            length, again = LENGTHS[prompt.token_ids[0]], [1, 0, 0, 0] * (2 if prompt.token_ids[0] == RIGHT else 0)
+            assert response.loss_mask == [1] * length + [0] * 3 + again
         assert len(errors) == sum(prompt.token_ids[0] == WRONG for prompt in share)
 
 
-def test_without_a_function_the_engine_writes_alone(tokenizer):
-    engine = FakeEngine(1)
-    request = replace(REQUEST, token_ids=(RIGHT, 5))
-    responses, errors = generate(engine, None, tokenizer, [PROMPT], [request], lambda *_: None)
-    assert engine.requests == [request] and responses[0].loss_mask is None and errors == []
+class Toy:
+    """A tokenizer whose text is the tokens' numbers; a tool's word is one token."""
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict:
+        return {"input_ids": [99] if text else []}
+
+    def decode(self, token_ids, skip_special_tokens: bool) -> str:
+        return "\\boxed{1}" if 1 in token_ids else "\\boxed{2}"
+
+
+TOY = "megatron_nft_toy_tools"
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """The function of that name: one word of a tool after the model's; it fails for prompts of the second kind."""
+
+    def one_word(prompt, answer):
+        yield ()
+        answer.append("word")
+        if prompt.token_ids[1] == 12:
+            raise ValueError("of a tool")
+
+    monkeypatch.setitem(sys.modules, TOY, SimpleNamespace(one_word=one_word))
+    return f"{TOY}:one_word"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("carried", [0, 1])
+def test_the_sampler_lets_a_function_write(toy, ranks, carried):
+    """Answers of a step, and those that are interrupted and go on in the next one; errors are counted and told of once."""
+    config = Config()
+    config.rollout.prompts_per_step, config.rollout.n, config.train.prompts_per_update, config.rollout.function = 3, 4, 1, toy
+    config.rollout.max_staleness, config.rollout.order = carried, "started" if carried else "prompt"
+
+    def run(engine: FakeEngine):
+        engine.tokenizer = Toy()
+        prompts = PromptSet([fake_prompt(MIXED, i) for i in range(40)])
+        with Judge({}, "strict_box", workers=1, time_limit=1) as judge:
+            own = Sampler(engine, judge, Cursor(prompts, 1, shuffle=False, most_skipped=0.0), config)
+            return [own.groups(step) for step in range(1, 5)]
+
+    parts = on_ranks(ranks, 4, run, length=lambda prompt, sample: 2 + (prompt[1] + sample) % 3, slots=16)
+    for rollouts in zip(*parts):
+        groups = [group for one in rollouts for group in one.groups]
+        assert len(groups) == 3
+        for response in (response for group in groups for response in group.responses):
+            assert response.token_ids[-1] == 99 and response.loss_mask == [1] * (len(response.token_ids) - 1) + [0]
+            assert response.logprobs == [-0.5] * (len(response.token_ids) - 1) + [0.0] and 3 <= len(response.token_ids) <= 5
+    told = [one for one in parts[0] if one.warnings]
+    assert sum(one.statistics["tool_errors"] for one in parts[0]) == 4 and len(told) == 1 and "set/2" in told[0].warnings[0]
+
+
+def test_evaluation_lets_it_write_too(toy):
+    with Judge({}, "strict_box", workers=1, time_limit=1) as judge:
+        engine = FakeEngine(2)
+        engine.tokenizer = Toy()
+        prompts = [fake_prompt(RIGHT, 0), fake_prompt(RIGHT, 1)]
+        requests = [[Request(p.token_ids, 1.0, 1.0, 8, seed) for seed in range(2)] for p in prompts]
+        groups = judged(engine, judge, prompts, requests, function=toy)
+    assert [r.token_ids[-1] for g in groups for r in g.responses] == [99] * 4 and all(g.correct_rate == 1.0 for g in groups)
 
 
 def test_the_example_is_a_config():
