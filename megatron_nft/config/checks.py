@@ -134,7 +134,7 @@ def _check_order(config: Config) -> None:
         )
     if rollout.order == "prompt" and rollout.max_staleness:
         raise UserError(
-            f"rollout.max_staleness is {rollout.max_staleness} and rollout.order prompt: what is carried depends on how fast the engines are",
+            f"rollout.max_staleness is {rollout.max_staleness} and rollout.order prompt: what is carried depends on the engines' speed",
             "use rollout.order=started, or max_staleness=0",
         )
     if rollout.order == "prompt" and rollout.hopeless_after is not None:
