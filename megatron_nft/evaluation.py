@@ -107,9 +107,9 @@ def evaluate(
     on_finish: Callable[[int, Response], None] | None = None,
     function: str | None = None,
 ) -> Evaluation:
-    """Answer every problem of every set. A collective call; the summary is the same on every rank.
+    """Answer every problem of every set, with the rollout function of that name. A collective call; the summary is the same on every rank.
 
-    max_tokens bounds an answer; label (a step, a model's name) is noted in the summary; function: as rollout.function; on_finish(index, response) is called as
+    max_tokens bounds an answer; label (a step, a model's name) is noted in the summary; on_finish(index, response) is called as
     this engine's answers finish, `answers_expected` of them. The judge may be None on ranks that are not their engine's first.
     """
     own = _own_problems(engine, prompt_sets, evaluation)

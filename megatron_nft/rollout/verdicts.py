@@ -74,8 +74,8 @@ def answer(
 ) -> list[Group]:
     """Sample and judge this engine's prompts; requests[i] are those of prompts[i]. Called by every rank, with or without prompts.
 
-    Verdicts start as answers finish; on_finish(index, response) is called then, too. function: as rollout.function. Returns the groups ([] on a rank that is not
-    its engine's first, which has no judge to ask).
+    Verdicts start as answers finish; on_finish(index, response) is called then, too. function: as rollout.function. Returns the groups
+    ([] on a rank that is not its engine's first, which has no judge to ask).
     """
     owner = [i for i, own in enumerate(requests) for _ in own]
     verdicts: list[Future | None] = [None] * len(owner)
