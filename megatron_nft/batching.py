@@ -22,6 +22,7 @@ class Answers:
     verdicts: np.ndarray  # float
     penalties: np.ndarray  # float, <= 0
     groups: np.ndarray  # int: number of the answer's group, 0, 0, ..., 1, 1, ...
+    positions: np.ndarray | None = None  # int: of that group in its rollout step, where the answers are of one
 
     @property
     def lengths(self) -> np.ndarray:
@@ -187,13 +188,14 @@ def pack(members: list[int], answers: dict[int, TrainingAnswer], plan: Plan, tok
         fields["targets"][at : end - 1] = ids[1:]
         fields["positions"][at:padded] = steps[: padded - at]
         index[at:padded] = i
-        predicted = slice(first, end - 1)
-        floats["loss_mask"][predicted] = a.loss_mask
-        floats["sampler_logprobs"][predicted] = a.logprobs
-        floats["verdict"][predicted] = a.verdict
-        floats["correct_rate"][predicted] = plan.correct_rates[number]
-        floats["weight"][predicted] = plan.weights[number]
-        floats["scale"][predicted] = plan.scales[number]
+        trained = np.flatnonzero(a.loss_mask)
+        predicting = first + trained
+        floats["loss_mask"][predicting] = 1.0
+        floats["sampler_logprobs"][predicting] = np.asarray(a.logprobs, np.float32)[trained]  # of a tool's tokens there are none
+        floats["verdict"][predicting] = a.verdict
+        floats["correct_rate"][predicting] = plan.correct_rates[number]
+        floats["weight"][predicting] = plan.weights[number]
+        floats["scale"][predicting] = plan.scales[number]
         at = padded
         starts.append(at)
     fields["positions"][at:] = steps[: tokens - at]

@@ -58,19 +58,8 @@ def evaluate_model(config: Config, precision: str) -> None:
     with Judge.for_config(config) as judge:
         engine = Engine(config.model.path, config.rollout, max_model_len(config), precision, config.seed)
         engine.scale_cache_by([prompt for problems in prompt_sets.values() for prompt in problems])
-        tokens = max_answer_length(config)
         with progress(answers_expected(engine, prompt_sets, config.evaluation), "evaluate", "answers") as bar:
-            result = evaluate(
-                engine,
-                judge,
-                prompt_sets,
-                config.evaluation,
-                tokens,
-                config.seed,
-                config.model.path,
-                lambda *_: bar.update(),
-                stop=tuple(config.rollout.stop),
-            )
+            result = evaluate(engine, judge, prompt_sets, config, config.model.path, lambda *_: bar.update())
         name = Path(config.model.path).resolve().name
         if engine.is_first:
             suffix = f"-{engine.index}" if engine.count > 1 else ""
@@ -84,10 +73,7 @@ def evaluate_model(config: Config, precision: str) -> None:
 
 def validate(engine: Engine, judge: Judge | None, prompt_sets: dict[str, PromptSet], config: Config, step: int) -> dict[str, float]:
     """The validation of a training step: writes run_dir/evaluations/step_N.json, returns the metrics. A collective call."""
-    tokens, stop = max_answer_length(config), tuple(config.rollout.stop)
-    result = evaluate(
-        engine, judge, prompt_sets, config.evaluation, tokens, config.seed, f"step {step}", lambda *_: watchdog.beat(), stop=stop
-    )
+    result = evaluate(engine, judge, prompt_sets, config, f"step {step}", lambda *_: watchdog.beat())
     if engine.is_first and engine.index == 0:
         write_results(config.run_dir, f"step_{step}", result)
     return result.metrics()
@@ -97,22 +83,20 @@ def evaluate(
     engine: Engine,
     judge: Judge | None,
     prompt_sets: dict[str, PromptSet],
-    evaluation: EvaluationConfig,
-    max_tokens: int,
-    seed: int,
+    config: Config,
     label: str,
     on_finish: Callable[[int, Response], None] | None = None,
-    stop: tuple[str, ...] = (),
 ) -> Evaluation:
-    """Answer every problem of every set. A collective call; the summary is the same on every rank.
+    """Answer every problem of every set as config.evaluation says, with the stop strings and the rollout function of training. A collective
+    call; the summary is the same on every rank.
 
-    max_tokens bounds an answer; label (a step, a model's name) is noted in the summary; on_finish(index, response) is called as
-    this engine's answers finish, `answers_expected` of them; stop: strings that end an answer. The judge may be None on ranks that are
-    not their engine's first.
+    label (a step, a model's name) is noted in the summary; on_finish(index, response) is called as this engine's answers finish,
+    `answers_expected` of them. The judge may be None on ranks that are not their engine's first.
     """
+    evaluation, tokens = config.evaluation, max_answer_length(config)
     own = _own_problems(engine, prompt_sets, evaluation)
-    requests = [_requests(prompt, name, evaluation, max_tokens, seed, stop) for name, _, prompt in own]
-    groups = answer(engine, judge, [prompt for _, _, prompt in own], requests, on_finish)
+    requests = [_requests(prompt, name, evaluation, tokens, config.seed, tuple(config.rollout.stop)) for name, _, prompt in own]
+    groups = answer(engine, judge, [prompt for _, _, prompt in own], requests, on_finish, config.rollout.function)
     answers: dict[str, list[Group]] = {}
     parts: list[tuple[str, GroupSummary]] = []  # with the kind of answers it tells of
     for (name, position, _), group in zip(own, groups, strict=False):
@@ -123,7 +107,13 @@ def evaluate(
     for name, summary in sorted((item for part in engine.gather(parts) for item in part), key=lambda item: item[1].position):
         summaries.setdefault(name, []).append(summary)
     sets = {name: _result(name, summaries, evaluation.k) for name in prompt_sets}
-    settings = {"k": evaluation.k, "temperature": evaluation.temperature, "top_p": evaluation.top_p, "max_tokens": max_tokens, "seed": seed}
+    settings = {
+        "k": evaluation.k,
+        "temperature": evaluation.temperature,
+        "top_p": evaluation.top_p,
+        "max_tokens": tokens,
+        "seed": config.seed,
+    }
     return Evaluation({"label": label, "weight_version": engine.weight_version, "settings": settings, "sets": sets}, answers)
 
 

@@ -245,9 +245,10 @@ def cut_rows(path: Path, end: int) -> None:
 
 
 def remove_later(directory: Path, last_step: int) -> None:
-    """Delete what an earlier attempt left of steps after `last_step`, whole or half written: step_N.json, step_N-E.parquet and the like."""
-    for file in directory.glob("step_*"):
-        named = re.fullmatch(r"step_(\d+)(-\d+)?\.\w+(\.part)?", file.name)
+    """Delete what an earlier attempt left of steps after `last_step`, whole or half written: step_N.json, step_N-E.parquet,
+    coefficients_N.parquet and the like."""
+    for file in directory.glob("*_*"):
+        named = re.fullmatch(r"(?:step|coefficients)_(\d+)(-\d+)?\.\w+(\.part)?", file.name)
         if named and int(named[1]) > last_step:
             file.unlink()
 

@@ -179,7 +179,7 @@ def loss(inputs: Inputs, settings: ObjectiveConfig) -> tuple[torch.Tensor, dict[
     settings.ratio: token, R_t = exp(logprobs - old_logprobs); sequence, one R per answer, the product over its tokens; geometric, its
     geometric mean over them. The metrics (METRICS) are sums over the terms, to be added up over micro-batches and ranks.
     """
-    log_ratio, terms = (inputs.logprobs - inputs.old_logprobs) * inputs.mask, inputs
+    log_ratio, terms = _counting(inputs.logprobs - inputs.old_logprobs, inputs.mask), inputs
     if settings.ratio != "token":
         log_ratio, terms = _by_answer(log_ratio, inputs, settings.ratio)
     inside = log_ratio <= LOG_RATIO_MAX
@@ -188,6 +188,11 @@ def loss(inputs: Inputs, settings: ObjectiveConfig) -> tuple[torch.Tensor, dict[
     total = -(terms.scale * terms.correction * terms.mask * made.value).sum()
     acting = replace(made, coefficient=made.coefficient * terms.correction * inside, clipped=made.clipped | ~inside)
     return total, _metrics(terms, log_ratio.detach().exp(), acting)
+
+
+def _counting(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """0 where the mask is, whatever stands there: a tool's tokens have no log-prob of the sampler. [tokens]"""
+    return torch.where(mask > 0, values, torch.zeros_like(values))
 
 
 def likelihood(inputs: Inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -230,7 +235,7 @@ def correction(
     mask: w where floor <= w <= cap, 0 elsewhere. All tensors [tokens]; the factor has no gradient and is 1 where `mask` is 0. The
     denominators of the loss stay as they are.
     """
-    log_w, counted, spread = (old - sampler).detach() * mask, mask, lambda x: x
+    log_w, counted, spread = _counting((old - sampler).detach(), mask), mask, lambda x: x
     if settings.correction.level != "token":
         answers = int(answer_index.max()) + 1
         tokens = sum_by_answer(mask, answer_index, answers)

@@ -1,6 +1,5 @@
 """A run's curves, tables and sample answers as one self-contained HTML page, and the table at the end of a training."""
 
-import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -9,12 +8,9 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from omegaconf import OmegaConf
 
-from megatron_nft import charts
+from megatron_nft import charts, samples
 from megatron_nft.errors import UserError
 from megatron_nft.logbook import METRICS, duration, read_rows
-
-SAMPLES_OF_A_KIND = 3  # right answers, and wrong ones, shown of a step
-LONGEST_SAMPLE = 6000  # characters shown of an answer
 
 
 @dataclass(frozen=True)
@@ -103,13 +99,14 @@ def write_report(run_dir: str | Path) -> Path:
     config_text = config_file.read_text(encoding="utf-8") if config_file.is_file() else ""
     environment = Environment(loader=PackageLoader("megatron_nft", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["duration"] = duration
+    about = header(run_dir, rows, config_text)
     page = environment.get_template("report.html.jinja").render(
-        **header(run_dir, rows, config_text),
+        **about,
         accuracies=accuracies(rows),
         totals=totals(rows),
         stage_colours=charts.STAGES,
         charts=[(chart.title, chart.reading, Markup(charts.svg(chart, rows))) for chart in charts.charts_of(rows)],
-        samples=sample_answers(run_dir),
+        samples=samples.sample_answers(run_dir, about["model"]),
         config=config_text,
     )
     path = run_dir / "report.html"
@@ -131,26 +128,6 @@ def header(run_dir: Path, rows: list[dict], config_text: str) -> dict[str, str]:
     }
 
 
-def sample_answers(run_dir: Path) -> list[tuple[int, list[dict], list[dict]]]:
-    """(step, right answers, wrong answers) of the first and the last saved rollout step.
-
-    Each answer is a dict of the columns question, answer, response, outcome, finish_reason, plus `length` in tokens.
-    """
-    import pyarrow.parquet  # only here: a page without samples needs no arrow
-
-    files = {
-        int(match[1]): path for path in (run_dir / "rollouts").glob("*.parquet") if (match := re.fullmatch(r"step_(\d+)(-0)?", path.stem))
-    }
-    chosen = []
-    for step in sorted({min(files), max(files)} if files else ()):
-        columns = ["prompt_id", "question", "answer", "response", "verdict", "outcome", "finish_reason", "tokens"]
-        answers = pyarrow.parquet.read_table(files[step], columns=columns).to_pylist()
-        right = _of_different_prompts([one for one in answers if one["verdict"] >= 0.5])
-        wrong = _of_different_prompts([one for one in answers if one["verdict"] < 0.5])
-        chosen.append((step, [_shown(one) for one in right], [_shown(one) for one in wrong]))
-    return chosen
-
-
 def curves_png(run_dirs: dict[str, str | Path], out: str | Path) -> None:
     """Draw the validation accuracy of several runs (label -> run directory) against the step into one PNG file."""
     runs = {label: load_rows(run_dir) for label, run_dir in run_dirs.items()}
@@ -160,19 +137,3 @@ def curves_png(run_dirs: dict[str, str | Path], out: str | Path) -> None:
                 f"the run {label} ({run_dirs[label]}) has no validation", "set evaluation.sets and evaluation.interval, or leave it out"
             )
     charts.compare_png(runs, out)
-
-
-def _of_different_prompts(answers: list[dict]) -> list[dict]:
-    """The first few answers, each to another prompt."""
-    first = {}
-    for one in answers:
-        first.setdefault(one["prompt_id"], one)
-    return list(first.values())[:SAMPLES_OF_A_KIND]
-
-
-def _shown(answer: dict) -> dict:
-    """An answer as the page shows it."""
-    text = answer["response"]
-    if len(text) > LONGEST_SAMPLE:
-        text = f"{text[: LONGEST_SAMPLE // 2]}\n[... {len(text) - LONGEST_SAMPLE:,} characters ...]\n{text[-LONGEST_SAMPLE // 2 :]}"
-    return {**answer, "response": text, "length": len(answer["tokens"])}

@@ -44,7 +44,8 @@ def train(config: Config, stop: StopRequest) -> None:
 def dry_run(config: Config) -> None:
     """Check everything that can be checked without a model in memory, and print what was found."""
     given = Given.load(config)
-    Judge.for_config(config).close()
+    if not config.replay:
+        Judge.for_config(config).close()
     print(f"{len(given.prompts)} training prompts, dropped: {given.prompts.dropped}")
     for name, problems in given.validation.items():
         print(f"{len(problems)} validation problems in {name}, dropped: {problems.dropped}")
@@ -68,7 +69,11 @@ class Given:
         policy.check(config, max_model_len(config))
         tokenizer = prompts.load_tokenizer(config.model.path)
         training = prompts.load_prompts(config.data.train, tokenizer, config.data)
-        validation = prompts.load_sets(config.evaluation.sets, tokenizer, config.data)
+        validation = {} if config.replay else prompts.load_sets(config.evaluation.sets, tokenizer, config.data)
+        if config.replay:
+            rollout.check_replay(config, tokenizer)
+        elif config.rollout.function:
+            rollout.tools.resolve(config.rollout.function)
         if validation:
             evaluation.check(validation, config.evaluation)
         return cls(training, validation, found)
@@ -82,8 +87,9 @@ def check_together(config: Config) -> None:
             f"train.tokens_per_micro_batch ({budget}) is less than data.max_prompt_length + rollout.max_tokens ({longest})",
             "raise it, or lower one of them",
         )
-    rollout.check_world(config.rollout, policy.world_size())
-    rollout.check(config.rollout)
+    if not config.replay:
+        rollout.check_world(config.rollout, policy.world_size())
+        rollout.check(config.rollout)
     check_writable(config.run_dir)
 
 
@@ -98,7 +104,7 @@ class Run:
         self.stop = stop
         self.config, self.run_dir, self.validation = config, Path(config.run_dir), given.validation
         self._open = ExitStack()
-        self.judge = self._open.enter_context(Judge.for_config(config))
+        self.judge = None if config.replay else self._open.enter_context(Judge.for_config(config))
         self._open.enter_context(held(self.run_dir))
         self.topology = policy.initialize(config.parallel, config.seed)
         self._open.callback(policy.shutdown)
@@ -108,6 +114,7 @@ class Run:
         self.first_step = self.tokens = 0  # tokens: sampled so far
         self.state: dict = {}
         self.carried: list[Group] = []  # with self.state: the sampler's groups that go on in the next step
+        self.watch: policy.Watch  # R and c of some answers of the step at hand
         self.validated: tuple[int, dict[str, float]] = (-1, {})  # the last validation: after which step, and what it gave
         loaded = None
         if given.checkpoint:
@@ -120,18 +127,24 @@ class Run:
         self.policy.offload()  # the engine measures the memory that is free
         precision = policy.precision_of(config.model.precision)
         window, asked = max_model_len(config), stop.agreed
-        self.engine = rollout.Engine(config.model.path, config.rollout, window, precision, config.seed, asked, weights_follow=True)
+        if config.replay:
+            self.engine = rollout.NoEngine()
+        else:
+            self.engine = rollout.Engine(config.model.path, config.rollout, window, precision, config.seed, asked, weights_follow=True)
         self._open.callback(self.engine.close)
         if self.engine.rounds_head:
             self.log.note("this vLLM rounds its logits to 16 bits (it has no head_dtype), the trainer does not: watch logprob_difference")
         self.engine.scale_cache_by(given.prompts.prompts)
-        self.sampler = rollout.Sampler(self.engine, self.judge, self.cursor, config)
+        self.sampler = (
+            rollout.Replay(self.engine, config) if config.replay else rollout.Sampler(self.engine, self.judge, self.cursor, config)
+        )
         if loaded:
+            rollout.check_resumed(config, self.state["sampler"])
             self.sampler.load(self.state["sampler"], loaded)
             self.carried = self.sampler.carried()
         else:
             self._note_state(0)
-        self.check = SelfCheck(self.policy, self.engine, given.prompts.prompts, config)
+        self.check = None if config.replay else SelfCheck(self.policy, self.engine, given.prompts.prompts, config)
         self.sync(self.first_step)
 
     def __enter__(self) -> Self:
@@ -203,11 +216,13 @@ class Run:
 
     def batch(self, groups: list[Group]) -> list[list[Batch]]:
         """This rank's micro-batches of every mini-batch of the rollout step."""
-        settings = self.config.objective
+        config, settings = self.config, self.config.objective
         answers, numbers = exchange.table(groups)
-        layout = self.policy.layout(self.config.train.prompts_per_update)
+        layout = self.policy.layout(config.train.prompts_per_update)
         weights = partial(objectives.weights, settings=settings)
         plan = batching.plan(answers, layout, weights, settings.reduction, settings.reduction_constant, settings.ratio != "token")
+        watched = config.logging.coefficient_answers if config.rollout.save else 0
+        self.watch = policy.Watch(answers, watched, seed=f"{config.seed}/{self.state['step']}")
         if plan.mini_batches:
             self.log.add({"train/fill": sum(m.fill for m in plan.mini_batches) / len(plan.mini_batches)})
         return self.policy.receive(groups, numbers, plan)
@@ -229,12 +244,13 @@ class Run:
         """One optimiser step; on_policy: on the weights that sampled. Returns its totals."""
         if on_policy:
             self._stop_if_asked()  # for the last time: after the first update the step is finished and saved
-        return self.policy.update(mini_batch, self.objective, objectives.METRICS, on_policy)
+        return self.policy.update(mini_batch, self.objective, objectives.METRICS, on_policy, self.watch)
 
     def sync(self, step: int) -> None:
         """The trainer's weights for the sampler, and the check that they got there."""
         self.sampler.sync(self.policy.hand_over(), version=step)
-        self.log.add({f"train/{name}": value for name, value in self.check.after_sync(step).items()})
+        if self.check:
+            self.log.add({f"train/{name}": value for name, value in self.check.after_sync(step).items()})
         self.policy.offload()
 
     def _log_measured(self, totals: list[dict[str, float]]) -> None:
@@ -242,12 +258,20 @@ class Run:
         if totals:
             self.log.add({f"train/{name}": value for name, value in objectives.summarize_measured(totals).items()})
 
+    def _write_coefficients(self, step: int) -> None:
+        """R and c of the answers that were watched, beside the step's answers."""
+        if self.config.rollout.save and self.config.logging.coefficient_answers:
+            pushes = self.watch.collect(self.topology)
+            if self.topology.is_first:
+                rollout.write_coefficients(self.run_dir, step, pushes)
+
     def finish_step(self, step: int, updates: list[dict[str, float]], measured: list[dict[str, float]]) -> None:
         """Log, validate, save. measured: totals of the passes that made old log-probs alone."""
         config, last = self.config, self._is_last(step)
         if config.train.sampled_tokens is not None:  # as many steps as the tokens so far promise
             self.log.total_steps = step if last else min(config.train.steps, math.ceil(step * config.train.sampled_tokens / self.tokens))
         self._log_measured([*updates[:1], *measured])
+        self._write_coefficients(step)
         self.log.add({f"train/{name}": value for name, value in objectives.summarize(updates, config.optimizer.clip_grad).items()})
         self._note_state(step)
         interval = config.evaluation.interval

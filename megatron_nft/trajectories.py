@@ -58,8 +58,9 @@ class Response:
     def followed_by(self, rest: Response, text: str) -> Response:
         """This unfinished answer with the rest of it, which a resumed request gave; text: of both."""
         changed = [(len(self.token_ids), rest.weight_version)] if rest.weight_version != self.versions[-1] else []
+        mask = None if self.loss_mask is None and rest.loss_mask is None else self.mask() + rest.mask()
         return Response(self.token_ids + rest.token_ids, self.logprobs + rest.logprobs, rest.finish_reason, self.weight_version, text,
-                        later_versions=[*(self.later_versions or ()), *changed] or None)  # fmt: skip
+                        mask, later_versions=[*(self.later_versions or ()), *changed] or None)  # fmt: skip
 
     def mask(self) -> list[int]:
         """The per-token loss mask, all ones where none was set."""
@@ -83,6 +84,16 @@ class Group:
     def is_mixed(self) -> bool:
         """Not all verdicts are equal (0 < r̂ < 1 where they are 0 or 1): the only groups an objective learns from."""
         return len({response.verdict.score for response in self.responses}) > 1
+
+
+@dataclass(frozen=True)
+class Pushes:
+    """How hard its update pushed the tokens of one answer. The lists are [response tokens], None for a token that is not trained on."""
+
+    position: int  # of the answer's group in the rollout step
+    sample: int  # number of the answer in its group
+    ratios: list[float | None]  # R = pi_theta / pi_old of the token, when its update was made
+    coefficients: list[float | None]  # c, by which the update pushes log pi_theta of the token up
 
 
 @dataclass

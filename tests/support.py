@@ -153,8 +153,8 @@ def pretrained_model() -> Path:
     return unpacked
 
 
-def made_up_groups(prompts: int = 4, n: int = 4, seed: int = 0, vocab: int = VOCAB) -> list[Group]:
-    """Mixed groups of uneven random answers, with sampler log-probs that are off."""
+def made_up_groups(prompts: int = 4, n: int = 4, seed: int = 0, vocab: int = VOCAB, masked: bool = False) -> list[Group]:
+    """Mixed groups of uneven random answers, with sampler log-probs that are off. masked: every third token is a tool's."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:
@@ -170,7 +170,8 @@ def made_up_groups(prompts: int = 4, n: int = 4, seed: int = 0, vocab: int = VOC
             tokens = torch.randint(2, vocab, (length,), generator=g).tolist()
             logprobs = (-5 * torch.rand(length, generator=g)).tolist()
             verdict = Verdict(float(k < right), "right" if k < right else "wrong")
-            responses.append(Response(tokens, logprobs, "stop", 0, "", verdict=verdict))
+            mask = [int(t % 3 != 1) for t in range(length)] if masked else None
+            responses.append(Response(tokens, logprobs, "stop", 0, "", mask, verdict))
         groups.append(Group(Prompt(str(p), "", "", ids, "made up"), responses, position=p))
     return groups
 

@@ -114,6 +114,11 @@ def _check_groups(config: Config) -> None:
         raise UserError(f"rollout.n is 1, but {settings.name} compares the answers to a prompt", "use 2 or more")
     if n == 1 and config.rollout.dynamic_sampling:
         raise UserError("rollout.n is 1 and rollout.dynamic_sampling true: no group of one answer is mixed", "set it to false")
+    if config.rollout.function and config.rollout.tensor_parallel_size > 1:
+        raise UserError(
+            f"rollout.function is set and rollout.tensor_parallel_size {config.rollout.tensor_parallel_size}",
+            "use 1: each rank of an engine would run the function, and what a tool says may differ between them",
+        )
     buffer = config.reward.overlong_buffer
     if buffer is not None and buffer > config.rollout.max_tokens:
         raise UserError(
@@ -253,6 +258,7 @@ _LEAST = {
     "checkpoint.keep": 1,
     "checkpoint.keep_best": 0,
     "checkpoint.grace_time": 1,
+    "logging.coefficient_answers": 0,
     "sft.steps": 0,
     "sft.sequences_per_update": 1,
 }

@@ -93,6 +93,8 @@ class RolloutConfig:
     max_staleness: int = 0
     unfinished: str = "resume"  # resume | drop
     hopeless_after: int | None = None  # a group is given up when so many of its answers are judged, all alike
+    # writes an answer together with the engine (tools): package.module:function | path/to/file.py:function; None: the engine alone
+    function: str | None = None
     save: bool = True  # rollouts/step_N.parquet
     # the sampler's weights are compared with the trainer's after the first sync and those of steps 1 to 5, then every so many steps;
     # 0: after the first alone
@@ -254,6 +256,7 @@ class LoggingConfig:
     wandb: str = "disabled"  # disabled | offline | online
     project: str = "megatron_nft"
     name: str | None = None
+    coefficient_answers: int = 32  # a step, of which R and c of every token are written to rollouts/ (with rollout.save)
 
 
 @dataclass
@@ -270,6 +273,7 @@ class Config:
     run_dir: str = MISSING
     preset: list[str] = field(default_factory=list)  # published runs (config/presets), below this file's own settings
     seed: int = 1
+    replay: str | None = None  # the run_dir of a finished run, whose saved answers are trained on: no engine, no verdicts
     resume: bool = True  # continue from the newest complete checkpoint of run_dir, where there is one
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

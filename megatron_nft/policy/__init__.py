@@ -7,11 +7,13 @@ from megatron_nft.policy.policy import Policy
 from megatron_nft.policy.selfcheck import checksums, token_logprobs
 from megatron_nft.policy.settings import precision_of
 from megatron_nft.policy.topology import Topology, initialize, shutdown, start_distributed, world_size
+from megatron_nft.policy.watch import Watch
 
 __all__ = [
     "PeakMemory",
     "Policy",
     "Topology",
+    "Watch",
     "check",
     "checksums",
     "initialize",

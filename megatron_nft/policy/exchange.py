@@ -23,7 +23,8 @@ def table(groups: list[Group]) -> tuple[Answers, list[int]]:
     values = np.array([answer for _, answers in ordered for answer in answers], dtype=np.float64).reshape(-1, 5)
     lengths = values[:, :3].astype(np.int64)
     of_group = np.repeat(np.arange(len(sizes)), sizes)
-    return Answers(*lengths.T, values[:, 3], values[:, 4], of_group), [first[group.position] for group in groups]
+    positions = np.repeat(np.array([position for position, _ in ordered], np.int64), sizes)
+    return Answers(*lengths.T, values[:, 3], values[:, 4], of_group, positions), [first[group.position] for group in groups]
 
 
 def _row(group: Group, response: Response) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ from megatron_nft.config import ObjectiveConfig
 from megatron_nft.objectives import Inputs, measure
 from megatron_nft.policy.context import Places
 from megatron_nft.policy.logprobs import Head, fused_loss, logprobs
+from megatron_nft.policy.watch import Watch
 from megatron_nft.trajectories import Batch
 
 Objective = Callable[[Inputs], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -41,11 +42,12 @@ def loss(
     measured: bool,
     own: bool,
     scale: float = 1.0,
+    watch: Watch | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of a micro-batch, and its metrics: `loss`, the objective's, and with `measured` MEASURED.
 
     own: the policy is still pi_old, so that the log-probs found here are pi_old's (R = 1), and the correction is made from them.
-    scale: fp16's loss scale, by which the schedule multiplies the loss.
+    scale: fp16's loss scale, by which the schedule multiplies the loss. watch: notes R and c of some answers.
     Settings that decide by the answer need all its log-probs at once, and so the recomputing form of logprobs.py; a loss by the token is
     made of each rank's own slots alone.
     """
@@ -64,7 +66,10 @@ def loss(
             factor, sums = measure(values.detach(), entropies, sampler[part], mask[part], given["answer_index"], settings)
             if own:
                 given |= {"old_logprobs": values.detach(), "correction": factor}
-        total, metrics = objective(Inputs(logprobs=values, mask=mask[part], **given))
+        inputs = Inputs(logprobs=values, mask=mask[part], **given)
+        total, metrics = objective(inputs)
+        if watch is not None and (by_token or places.rank == 0):  # otherwise every context-parallel rank has the whole
+            watch.note(batch, counted[part], inputs, total)
         return total, {"loss": total.detach(), **metrics, **sums}
 
     if by_token:

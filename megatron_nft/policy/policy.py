@@ -21,6 +21,7 @@ from megatron_nft.policy.logprobs import Head
 from megatron_nft.policy.losses import Objective
 from megatron_nft.policy.offload import LEVELS, Offload
 from megatron_nft.policy.topology import Topology, device
+from megatron_nft.policy.watch import Watch
 from megatron_nft.trajectories import Batch, Group
 from megatron_nft.weights import (
     Bucket,
@@ -133,7 +134,9 @@ class Policy:
         for batch in batches:
             batch.old_logprobs = batch.sampler_logprobs
 
-    def update(self, batches: list[Batch], objective: Objective, names: list[str], on_policy: bool = False) -> dict[str, float]:
+    def update(
+        self, batches: list[Batch], objective: Objective, names: list[str], on_policy: bool = False, watch: Watch | None = None
+    ) -> dict[str, float]:
         """One optimiser step on a mini-batch, given as this rank's micro-batches (equally many on every rank).
 
         names: the objective's metrics; their totals over all micro-batches and ranks are returned, with loss, grad_norm
@@ -141,13 +144,14 @@ class Policy:
         grad_norm and no step, as Megatron has it: parameters, moments and the schedule stay.
         on_policy: the weights are those that sampled (the first update of a rollout step). Then the totals MEASURED are returned, too, and
         with train.old_logprobs=recompute this pass's log-probs are pi_old's: exactly, without dropout.
+        watch: notes how hard the update pushes the tokens of some answers.
         """
         own = on_policy and self.config.train.old_logprobs == "recompute"
         scale = float(self.optimizer.get_loss_scale()) if self.module.config.fp16 else 1.0
 
         def loss_of(output, batch: Batch):
             given = self._hidden(output), self._head(), batch, _places(batch), objective, self.config.objective
-            loss, metrics = losses.loss(*given, measured=on_policy, own=own, scale=scale)
+            loss, metrics = losses.loss(*given, measured=on_policy, own=own, scale=scale, watch=watch)
             return loss, torch.zeros((), dtype=torch.int), metrics
 
         self._come_back()

@@ -24,26 +24,33 @@ def resolve(name: str) -> VerdictFunction:
 
     Raises UserError when it cannot be found or loaded, or cannot be called with (response, answer).
     """
-    where, colon, attribute = BUILT_IN.get(name, name).rpartition(":")
+    return load_function(BUILT_IN.get(name, name), f"verdict function {name!r}", ("response", "answer"), _MEND)
+
+
+def load_function(name: str, what: str, arguments: tuple[str, ...], mend: str) -> Callable:
+    """The user's function `package.module:function` or `path/to/file.py:function`, which takes `arguments` by position.
+
+    what: the function in a few words, for messages. Raises UserError when it cannot be found or loaded, or called with `arguments`.
+    """
+    where, colon, attribute = name.rpartition(":")
     if not (where and colon and attribute):
-        raise UserError(f"there is no verdict function {name!r}", _MEND)
-    module = _load(where, name)
+        raise UserError(f"there is no {what}", mend)
+    module = _load(where, what, mend)
     function = getattr(module, attribute, None)
     if not callable(function):
         found = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-        raise UserError(f"verdict function {name!r}: {where} has no function {attribute}",
-                        f"use one of {', '.join(found)}" if found else "define it there")  # fmt: skip
+        raise UserError(f"{what}: {where} has no function {attribute}", f"use one of {', '.join(found)}" if found else "define it there")
     try:
-        inspect.signature(function).bind("response", "answer")
+        inspect.signature(function).bind(*arguments)
     except TypeError as error:
-        raise UserError(f"verdict function {name!r} cannot be called with (response, answer) ({error})", "let it take these two") from None
+        raise UserError(f"{what} cannot be called with ({', '.join(arguments)}) ({error})", f"let it take these {len(arguments)}") from None
     return function
 
 
-def _load(where: str, name: str) -> ModuleType:
+def _load(where: str, what: str, mend: str) -> ModuleType:
     """The module at a path or of a dotted name. Whatever a user's module raises while it loads becomes a UserError."""
     if where.endswith(".py") and not Path(where).is_file():
-        raise UserError(f"verdict function {name!r}: no file at {where} (in {Path.cwd()})", "mend the path")
+        raise UserError(f"{what}: no file at {where} (in {Path.cwd()})", "mend the path")
     try:
         if not where.endswith(".py"):
             return importlib.import_module(where)
@@ -52,7 +59,7 @@ def _load(where: str, name: str) -> ModuleType:
         spec.loader.exec_module(module)
         return module
     except Exception as error:  # noqa: BLE001 - whatever the user's module raises
-        raise UserError(f"verdict function {name!r}: cannot import {where} ({type(error).__name__}: {error})", _MEND) from None
+        raise UserError(f"{what}: cannot import {where} ({type(error).__name__}: {error})", mend) from None
 
 
 def as_verdict(result: Verdict | float, name: str) -> Verdict:

@@ -113,7 +113,7 @@ class Engine:
         self._scales_from: list[list[int]] = []
         self._tied = self._llm.model_config.hf_config.tie_word_embeddings
         self.names = frozenset(load_weights(model_path).names())
-        self._tokenizer = self._llm.get_tokenizer()
+        self.tokenizer = self._llm.get_tokenizer()
         self.rounds_head = any(self._llm.apply_model(rounds_head))
         if is_checkpoint(model_path) and not weights_follow:
             self.sync(read_buckets(load_weights(model_path)), version=0)
@@ -167,7 +167,7 @@ class Engine:
 
     def decode(self, token_ids: list[int]) -> str:
         """As text, special tokens left out."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def asked_to_stop(self) -> bool:
         """Whether any rank was asked to stop. A collective call."""

@@ -8,11 +8,11 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from megatron_nft.config import Config
 from megatron_nft.rewards.length import is_dropped, settle
+from megatron_nft.rollout.seeds import seed_of
 from megatron_nft.rollout.settings import Request
 from megatron_nft.trajectories import Group, Prompt, Response
 
@@ -26,11 +26,6 @@ FIRST_SHARE = (
     3.0,
 )  # mixed groups of so many: what is assumed before anything is known; the published runs send three times what they keep
 MEMORY = 0.5  # of that share, from one step to the next
-
-
-def seed_of(*parts: int | str) -> int:
-    """A seed of 63 bits that depends on every part and on nothing else."""
-    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
-"""The record of what was sampled: rollouts/step_N.parquet, one row for each answer, enough to train from again."""
+"""The record of a step: rollouts/step_N.parquet, one row for each answer, enough to train from again; and beside it
+coefficients_N.parquet, how hard the updates pushed the tokens of a few of them."""
 
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_nft.trajectories import Group, Prompt, Response, Verdict
+import numpy as np
+
+from megatron_nft.trajectories import Group, Prompt, Pushes, Response, Verdict
 
 
 def rollout_path(run_dir: str | Path, step: int, engine: int = 0, engines: int = 1) -> Path:
@@ -13,25 +17,78 @@ def rollout_path(run_dir: str | Path, step: int, engine: int = 0, engines: int =
     return Path(run_dir) / "rollouts" / (f"step_{step}.parquet" if engines == 1 else f"step_{step}-{engine}.parquet")
 
 
+def step_files(run_dir: str | Path) -> dict[int, list[Path]]:
+    """The files of each step's answers, by step, in the order of the engines that wrote them."""
+    found: dict[int, list[tuple[int, Path]]] = {}
+    for path in (Path(run_dir) / "rollouts").glob("step_*.parquet"):
+        if named := re.fullmatch(r"step_(\d+)(?:-(\d+))?", path.stem):
+            found.setdefault(int(named[1]), []).append((int(named[2] or 0), path))
+    return {step: [path for _, path in sorted(files)] for step, files in sorted(found.items())}
+
+
 def write_rollouts(path: str | Path, step: int, groups: list[Group]) -> None:
     """Write groups as parquet, complete or not at all (a temporary name, then a rename)."""
+    rows = [_row(step, group, sample, response) for group in groups for sample, response in enumerate(group.responses)]
+    _write(Path(path), rows, _schema())
+
+
+def write_coefficients(run_dir: str | Path, step: int, pushes: list[Pushes]) -> None:
+    """Write R and c of the answers that were watched as rollouts/coefficients_N.parquet. A row's `position` and `sample` are those of its
+    answer in step_N.parquet; null is a token that is not trained on."""
+    rows = [{"step": step, **{name: getattr(one, field) for name, field in _PUSHES.items()}} for one in pushes]
+    _write(_coefficients_path(run_dir, step), rows, _coefficients_schema())
+
+
+def read_coefficients(run_dir: str | Path, step: int) -> list[Pushes]:
+    """What write_coefficients wrote; empty where it wrote nothing."""
+    import pyarrow.parquet
+
+    path = _coefficients_path(run_dir, step)
+    rows = pyarrow.parquet.read_table(path, schema=_coefficients_schema()).to_pylist() if path.is_file() else []
+    return [Pushes(**{field: row[name] for name, field in _PUSHES.items()}) for row in rows]
+
+
+_PUSHES = {"position": "position", "sample": "sample", "R": "ratios", "c": "coefficients"}  # column: field
+
+
+def _coefficients_path(run_dir: str | Path, step: int) -> Path:
+    return Path(run_dir) / "rollouts" / f"coefficients_{step}.parquet"
+
+
+def _coefficients_schema():
+    import pyarrow as pa
+
+    integer, reals = pa.int64(), pa.list_(pa.float32())
+    return pa.schema({"step": integer, "position": integer, "sample": integer, "R": reals, "c": reals})
+
+
+def _write(path: Path, rows: list[dict], schema) -> None:
+    """Complete or not at all: a temporary name, then a rename."""
     import pyarrow
     import pyarrow.parquet
 
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [_row(step, group, sample, response) for group in groups for sample, response in enumerate(group.responses)]
     part = path.with_name(path.name + ".part")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_schema()), part)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), part)
     os.replace(part, path)
 
 
-def read_rollouts(path: str | Path) -> list[Group]:
-    """The groups that write_rollouts wrote, in the same order and to the last bit."""
+def read_rollouts(path: str | Path, index: int = 0, count: int = 1) -> list[Group]:
+    """The groups that write_rollouts wrote, in the same order and to the last bit; of every `count` of them that with the number `index`.
+    Columns that an older file lacks are null."""
     import pyarrow.parquet
 
-    rows = pyarrow.parquet.read_table(path, schema=_schema()).to_pylist()
-    return list(_groups(rows))
+    table = pyarrow.parquet.read_table(path, schema=_schema())
+    group = np.cumsum(table["sample"].to_numpy() == 0) - 1  # before any row is made a Python object
+    return list(_groups(table.filter(group % count == index).to_pylist()))
+
+
+def read_first_rows(path: str | Path, count: int) -> list[dict]:
+    """The first answers of a file, by column, without reading the others."""
+    import pyarrow.parquet
+
+    batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=count)
+    return next((batch.to_pylist() for batch in batches), [])
 
 
 def _groups(rows: list[dict]) -> Iterator[Group]:
@@ -64,13 +121,15 @@ def _row(step: int, group: Group, sample: int, response: Response) -> dict:
         "tokens": response.token_ids,
         "logprobs": response.logprobs,
         "loss_mask": response.loss_mask,
+        "later_versions": None if response.later_versions is None else [list(pair) for pair in response.later_versions],
     }
 
 
 def _response(row: dict) -> Response:
     verdict = None if row["outcome"] is None else Verdict(row["verdict"], row["outcome"])
+    later = None if row["later_versions"] is None else [tuple(pair) for pair in row["later_versions"]]
     return Response(row["tokens"], row["logprobs"], row["finish_reason"], row["weight_version"], row["response"],
-                    row["loss_mask"], verdict, row["penalty"])  # fmt: skip
+                    row["loss_mask"], verdict, row["penalty"], later)  # fmt: skip
 
 
 def _schema():
@@ -82,4 +141,5 @@ def _schema():
         "response": text,
         "verdict": real, "outcome": text, "penalty": real, "finish_reason": text, "weight_version": integer,
         "prompt_tokens": tokens, "tokens": tokens, "logprobs": pa.list_(pa.float32()), "loss_mask": pa.list_(pa.int8()),
+        "later_versions": pa.list_(pa.list_(integer)),
     })  # fmt: skip

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_nft.config import Config
-from megatron_nft.rollout import endings, throughput
+from megatron_nft.rollout import endings, throughput, tools
 from megatron_nft.rollout.engine import ASK_EVERY, Engine
 from megatron_nft.rollout.queue import Queue, Taken
 from megatron_nft.rollout.record import read_rollouts, write_rollouts
+from megatron_nft.rollout.settings import Request
 from megatron_nft.rollout.summaries import statistics, summarise
 from megatron_nft.rollout.verdicts import Verdicts
 from megatron_nft.stopping import Stopped
-from megatron_nft.trajectories import Group, Response, Verdict
+from megatron_nft.trajectories import Group, Prompt, Response, Verdict
 from megatron_nft.weights import Bucket
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class Sampler:
     def __init__(self, engine: Engine, judge: "Judge | None", cursor: "Cursor", config: Config):
         self._engine, self._cursor, self._rollout = engine, cursor, config.rollout
         self._queue = Queue(cursor, config)
+        function = tools.resolve(config.rollout.function) if config.rollout.function else None
+        self._talks = tools.Talks(function, engine.tokenizer if function else None)
+        self._at_once: list[int] = []  # own answers in which the engine has nothing to write
         self._verdicts = Verdicts(judge, steady=config.rollout.order == "prompt")
         self._prompts = {}  # by key, of the groups that this engine answers
         self._running: set[int] = set()  # own answers, as the engine knows them
@@ -136,19 +140,37 @@ class Sampler:
             if engine == self._engine.index:
                 self._prompts[ticket.key] = ticket.prompt
                 for sample, request in ticket.requests:
-                    self._running.add(ticket.key * n + sample)
-                    self._engine.add(ticket.key * n + sample, request)
+                    self._begin(ticket.key * n + sample, ticket.prompt, request)
+
+    def _begin(self, number: int, prompt: Prompt, request: Request) -> None:
+        before = self._queue.so_far(*divmod(number, self._rollout.n))
+        first = self._talks.begin(number, prompt, request, self._rollout.max_tokens, before)
+        self._running.add(number)
+        if first is None:
+            self._at_once.append(number)
+        else:
+            self._engine.add(number, first)
+
+    def _finished(self, stepped: list[tuple[int, Response]] | None) -> Iterator[tuple[int, Response]]:
+        """Answers that are over; those in which a rollout function lets the engine go on are handed back to it."""
+        at_once, self._at_once = self._at_once, []
+        nothing = Response([], [], "stop", self._engine.weight_version, "")
+        for number, response in [*((number, nothing) for number in at_once), *(stepped or ())]:
+            self._tokens += len(response.token_ids)
+            more = None if response is nothing else self._talks.go_on(number, response)
+            if more is not None:
+                self._engine.add(number, more)
+                continue
+            before = self._queue.so_far(*divmod(number, self._rollout.n))
+            yield number, self._talks.end(number, response, before, self._engine.decode)
 
     def _advance(self, tick: int) -> None:
         """One step of the schedulers, and what all ranks learn of it."""
         n, stepped = self._rollout.n, self._engine.step()
-        for number, response in stepped or ():
+        for number, response in self._finished(stepped):
             self._running.discard(number)
-            self._freed, self._tokens = self._freed + 1, self._tokens + len(response.token_ids)
+            self._freed += 1
             key, sample = divmod(number, n)
-            before = self._queue.so_far(key, sample)
-            if before is not None:
-                response = before.followed_by(response, self._engine.decode(before.token_ids + response.token_ids))
             if self._engine.is_first:
                 self._verdicts.ask(tick, key, sample, self._prompts[key], response)
         judged = self._verdicts.ready(tick, EVENTS, idle=stepped is None)
@@ -178,9 +200,14 @@ class Sampler:
     def _withdraw(self, numbers: list[int]) -> dict[int, Response]:
         """Give up running answers of this engine; what there is of them."""
         found = self._engine.withdraw(numbers)
+        self._at_once = [number for number in self._at_once if number not in numbers]
         self._running -= set(numbers)
         self._freed += len(numbers)
         self._tokens += sum(len(response.token_ids) for response in found.values())
+        for number, response in found.items():
+            before = self._queue.so_far(*divmod(number, self._rollout.n))
+            self._talks.go_on(number, response)
+            found[number] = self._talks.end(number, response, before, lambda _: "")
         return found
 
     def _pause(self) -> None:
@@ -189,8 +216,7 @@ class Sampler:
         partial: dict[int, dict[int, Response]] = {}
         for number, response in self._withdraw(sorted(self._running)).items():
             key, sample = divmod(number, n)
-            before = self._queue.so_far(key, sample)
-            partial.setdefault(key, {})[sample] = response if before is None else before.followed_by(response, "")
+            partial.setdefault(key, {})[sample] = response
         begun = {key: all(response.token_ids for response in some.values()) for key, some in partial.items()}
         if not self._rollout.max_staleness:  # nothing is carried: nobody waits for verdicts
             self._verdicts.forget()
@@ -217,7 +243,10 @@ class Sampler:
         first, mine = self._engine.is_first, self._engine.index
         version = self._engine.weight_version
         own = [summarise(g.group(), g.responses, version) for g in taken.decided if first and g.holder == mine]
-        gathered = self._engine.gather((own, self._tokens, self._verdicts.seconds, self._engine.throughput.take()))
+        errors, self._talks.errors = self._talks.errors, []
+        measured = self._engine.throughput.take()
+        gathered = self._engine.gather((own, self._tokens, self._verdicts.seconds, errors, measured))
+        errors = [error for *_, some, _ in gathered for error in some]
         summaries = sorted((summary for some, *_ in gathered for summary in some), key=lambda summary: summary.position)
         numbers = statistics(summaries, {group.key for group in taken.kept}) | {
             "surplus_groups": len(taken.surplus),
@@ -226,9 +255,11 @@ class Sampler:
             "carried_groups": len(self._queue.carried()),
             "sampled_tokens": sum(tokens for _, tokens, *_ in gathered),
         }
+        if self._rollout.function:
+            numbers["tool_errors"] = len(errors)
         groups = [group.group() for group in taken.kept if first and group.holder == mine]
-        waited = max(seconds for _, _, seconds, _ in gathered)
-        warnings = [] if enough else [self._warning(taken)]
+        waited = max(seconds for _, _, seconds, *_ in gathered)
+        warnings = [*errors[:1], *([] if enough else [self._warning(taken)])]
         warnings += endings.warnings(sum(s.truncated for s in summaries), sum(s.sampled for s in summaries), self._rollout)
         return Rollout(groups, numbers, waited, warnings, throughput.over_engines([measured for *_, measured in gathered]))
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+from megatron_nft.rollout import tools
 from megatron_nft.rollout.engine import Engine
 from megatron_nft.rollout.settings import Request
 from megatron_nft.trajectories import Group, Prompt, Response
@@ -69,11 +70,12 @@ def answer(
     prompts: list[Prompt],
     requests: list[list[Request]],
     on_finish: Callable[[int, Response], None] | None = None,
+    function: str | None = None,
 ) -> list[Group]:
     """Sample and judge this engine's prompts; requests[i] are those of prompts[i]. Called by every rank, with or without prompts.
 
-    Verdicts start as answers finish; on_finish(index, response) is called then, too. Returns the groups ([] on a rank that is not
-    its engine's first, which has no judge to ask).
+    Verdicts start as answers finish; on_finish(index, response) is called then, too. function: as rollout.function. Returns the groups
+    ([] on a rank that is not its engine's first, which has no judge to ask).
     """
     owner = [i for i, own in enumerate(requests) for _ in own]
     verdicts: list[Future | None] = [None] * len(owner)
@@ -84,7 +86,11 @@ def answer(
         if on_finish is not None:
             on_finish(index, response)
 
-    responses = engine.generate([request for own in requests for request in own], submit)
+    flat = [request for own in requests for request in own]
+    if function is None:
+        responses = engine.generate(flat, submit)
+    else:
+        responses = tools.generate(engine, tools.resolve(function), engine.tokenizer, [prompts[i] for i in owner], flat, submit)[0]
     if not engine.is_first:
         return []
     groups = [Group(prompt) for prompt in prompts]

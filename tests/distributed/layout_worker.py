@@ -20,7 +20,7 @@ from megatron_nft import batching, objectives, policy
 from megatron_nft.checksums import Checksum, bit_sum, differing
 from megatron_nft.config import load
 from megatron_nft.packing import Packing
-from megatron_nft.policy import optimizer, versions
+from megatron_nft.policy import exchange, optimizer, versions
 from tests.support import made_up_groups, micro_batches_of
 
 
@@ -91,12 +91,14 @@ def train(config, topology, groups, old: bool, length_multiple: int | None, save
     else:
         model.copy_old_logprobs(batches)
     objective = partial(loss, settings=settings)
+    watch = policy.Watch(exchange.table(own)[0], 7, seed=1)
     found["updates"] = []
     for number, mini in enumerate(mini_batches):
         if not load or number > 0:
-            found["updates"].append(model.update(mini, objective, objectives.METRICS))
+            found["updates"].append(model.update(mini, objective, objectives.METRICS, watch=watch))
         if save and number == 0:
             model.save(save, {"step": 1})
+    found["pushes"] = [dataclasses.astuple(one) for one in watch.collect(topology)]
     found["after"] = tensors(model.weights())
     found["slots"] = [mini.slots for mini in plan.mini_batches]
     found["answers"] = everyones([sum(len(batch.answers) for batch in mini) for mini in mini_batches])

@@ -67,6 +67,7 @@ TP2, PP2, CP2, VPP2, EP2 = (size + "2" for size in (TP, PP, CP, VPP, EP))
 SP, SMALL = "parallel.sequence_parallel=true", "train.tokens_per_micro_batch=36"
 GEOMETRIC = ["objective.name=gspo", "objective.clip_ratio_low=0.5", "objective.clip_ratio_high=0.5"]
 FEW = {"groups": {"prompts": 2, "n": 2}}  # two answers a mini-batch
+MASKED = {"groups": {"masked": True}}
 ONE_PROMPT = "train.prompts_per_update=1"
 CASES = {
     "small micro-batches": Case(1, [SMALL]),
@@ -87,6 +88,7 @@ CASES = {
     "CP2": Case(2, [CP2]),
     "CP2 llama": Case(2, [CP2], "llama"),
     "CP2 one ratio an answer": Case(2, [CP2, *GEOMETRIC], reference=" geometric"),
+    "CP2 masked": Case(2, [CP2], reference=" masked", worker=MASKED),
     "DP2": Case(2, []),
     # what a GPU does: the reduction starts within the backward pass of the last micro-batch, of which updates have unequally many
     "DP2 overlapped": Case(2, [SMALL, OVERLAP]),
@@ -101,6 +103,7 @@ CASES = {
     "PP2 DP2 small": Case(4, [PP2, SMALL], "tied"),
     "PP2 CP2": Case(4, [PP2, CP2], "tied"),
     "CP2 DP2": Case(4, [CP2]),
+    "TP2 PP2 one ratio an answer, masked": Case(4, [TP2, PP2, *GEOMETRIC], reference=" geometric masked", worker=MASKED),
     "CP4": Case(4, [CP + "4"]),
     "CP2 DP2 one answer a micro-batch": Case(4, [CP2], worker={"padded": True}),
     "PP2 VPP2 TP2 SP qwen3": Case(4, [PP2, VPP2, TP2, SP], "qwen3"),
@@ -115,6 +118,8 @@ CASES = {
 REFERENCES = {
     **{name: Case(1, [], name) for name in MODELS},
     "untied geometric": Case(1, GEOMETRIC),
+    "untied masked": Case(1, [], worker=MASKED),
+    "untied geometric masked": Case(1, GEOMETRIC, worker=MASKED),
     "untied few": Case(1, [ONE_PROMPT], worker=FEW),
 }
 
@@ -197,6 +202,21 @@ def test_equals_one_rank(name, precision, launches):
             torch.testing.assert_close(got["after"][key], tensor, rtol=1e-5, atol=2e-6, msg=lambda m, n=key: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_coefficients_are_those_of_one_rank(name, launches):
+    """R and c of seven answers' tokens, to 1e-4: whichever ranks had them, the first has them in order."""
+    case = CASES[name]
+    got, single = launches(name, "float32")["pushes"], launches(case.model + case.reference, "float32")["pushes"]
+    assert len(got) == min(7, 4 if "few" in case.reference else 16)
+    for mine, theirs in zip(got, single, strict=True):
+        assert mine[:2] == theirs[:2]
+        for one, other in zip(mine[2:], theirs[2:], strict=True):
+            assert [value is None for value in one] == [value is None for value in other]
+            assert [value for value in one if value is not None] == pytest.approx([v for v in other if v is not None], rel=1e-4, abs=1e-6)
+    trained = [c for one in single for c in one[3] if c is not None]
+    assert trained and any(trained) and all(value is None for one in got for value in one[3][1::3]) == ("masked" in name)
+
+
 def test_some_ranks_were_idle(launches):
     """The case is what its name says: two answers over four replicas."""
     assert [sorted(n) for n in zip(*launches("DP4, two of them idle", "float32")["answers"])] == [[0, 0, 1, 1]] * 2
@@ -242,7 +262,7 @@ def by_transformers(launches):
     return of
 
 
-@pytest.mark.parametrize("name", [*REFERENCES, *CASES])
+@pytest.mark.parametrize("name", [name for name in [*REFERENCES, *CASES] if "masked" not in name])
 def test_logprobs_equal_transformers(name, launches, by_transformers):
     """Float32, to 2e-5: sums in another order. Of every answer, whichever rank had it; and of whole sequences, on the first rank."""
     case = ALL[name]

@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_nft import batching, policy, rollout
 from megatron_nft.config import Config
 from megatron_nft.policy import exchange
-from megatron_nft.trajectories import Group, Prompt, Verdict
+from megatron_nft.rollout import tools
+from megatron_nft.trajectories import Group, Prompt, Response, Verdict
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def one_model(case: dict, window: int, topology: policy.Topology, config: Config
     engine.sync(model.hand_over(), version=1)
     prompts = [Prompt(str(i), "", "", tuple(ids), "test") for i, ids in enumerate(case["prompts"])]
     requests = [rollout.Request(p.token_ids, 1.0, 1.0, case["max_tokens"], seed) for seed, p in enumerate(prompts)]
-    responses = engine.generate(requests)
+    responses = engine.generate(requests) if "function" not in case else with_tools(case, engine, prompts, requests)
     engine.close()
     for response in responses:
         response.verdict = Verdict(1.0, "right")
@@ -40,9 +41,28 @@ def one_model(case: dict, window: int, topology: policy.Topology, config: Config
     by_megatron = megatron_logprobs(model, groups, topology, config)
     hf = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32, experts_implementation="eager")
     return [
-        {"vllm": group.responses[0].logprobs, "megatron": by_megatron[number], "huggingface": hf_logprobs(hf, group)}
+        {
+            "vllm": trained(group.responses[0].logprobs, group),
+            "megatron": by_megatron[number],
+            "huggingface": trained(hf_logprobs(hf, group), group),
+            "text": group.responses[0].text,
+            "masked": [t for t, counts in zip(group.responses[0].token_ids, group.responses[0].mask()) if not counts],
+        }
         for number, group in enumerate(groups)
     ]
+
+
+def with_tools(case: dict, engine: rollout.Engine, prompts: list[Prompt], requests: list[rollout.Request]) -> list[Response]:
+    """All answers together, call after call."""
+    function, tokenizer = tools.resolve(case["function"]), AutoTokenizer.from_pretrained(case["model"])
+    responses, errors = tools.generate(engine, function, tokenizer, prompts, requests)
+    assert errors == []
+    return responses
+
+
+def trained(values: list[float], group: Group) -> list[float]:
+    """Those of the tokens that count."""
+    return [value for value, counts in zip(values, group.responses[0].mask(), strict=True) if counts]
 
 
 def megatron_logprobs(model: policy.Policy, groups: list[Group], topology: policy.Topology, config: Config) -> dict[int, list[float]]:

@@ -4,6 +4,7 @@ Of Megatron-Core's layouts see tests/distributed/test_layouts.py.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,7 @@ def found(tmp_path_factory) -> dict[str, list[dict]]:
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     texts = [f"<|im_start|>user\nWhat is {a}*7+{a}?<|im_end|>\n<|im_start|>assistant\n" for a in range(20, 30)]
     cases["demo"] = {"model": str(DEMO), "prompts": [tokenizer.encode(text) for text in texts], "max_tokens": 64}
+    cases["calculator"] = cases["demo"] | {"function": str(ROOT / "examples/calculator/calculator.py:calculator")}
     return logprobs(cases, folder)
 
 
@@ -71,6 +73,18 @@ def test_tiny_models(name, found):
 
 def test_the_demos_model(found):
     compare(found["demo"], 10, 2e-5)
+
+
+def test_answers_with_a_calculator(found):
+    """What the model wrote lines up token for token, and what the calculator wrote, the value of every formula, is no part of it."""
+    compare(found["calculator"], 10, 2e-5)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    sums = 0
+    for answer in found["calculator"]:
+        formulas = re.findall(r"(\d+(?:[-+*]\d+)+)=", answer["text"])
+        assert tokenizer.decode(answer["masked"]) == "".join(str(eval(formula)) for formula in formulas), answer["text"]
+        sums += len(formulas)
+    assert sums > 10
 
 
 def test_a_real_pretrained_model(tmp_path):

@@ -183,7 +183,7 @@ def test_pack_lays_answers_end_to_end():
         made_answers(np.array([2, 3]), np.array([3, 2]), np.array([2, 2]), np.array([1.0, 0.0]), 2), data=1, tokens=16, prompts=1
     )
     answers = {
-        0: TrainingAnswer([1, 2], [3, 4, 5], [-0.1, -0.2, -0.3], [1, 0, 1], 1.0),
+        0: TrainingAnswer([1, 2], [3, 4, 5], [-0.1, float("nan"), -0.3], [1, 0, 1], 1.0),  # a tool's token has no log-prob
         1: TrainingAnswer([6, 7, 8], [9, 10], [-0.4, -0.5], [1, 1], 0.0),
     }
     batch = pack([0, 1], answers, made, tokens=16)
@@ -197,6 +197,7 @@ def test_pack_lays_answers_end_to_end():
     torch.testing.assert_close(batch.sampler_logprobs[counted], torch.tensor([-0.1, -0.3, -0.4, -0.5]))
     assert batch.verdict[counted].tolist() == [1, 1, 0, 0]
     assert batch.correct_rate[counted].tolist() == [0.5] * 4
+    assert all((getattr(batch, name)[~counted] == 0).all() for name in ("sampler_logprobs", "verdict", "correct_rate", "weight", "scale"))
     assert batch.answer_index.tolist() == [0] * 5 + [1] * 5 + [2] * 6
 
 

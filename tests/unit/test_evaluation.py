@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_nft.config import EvaluationConfig
+from megatron_nft.config import Config, EvaluationConfig, RolloutConfig
 from megatron_nft.errors import UserError
 from megatron_nft.evaluation import answers_expected, bootstrap, check, evaluate, table, wilson, write_results
 from megatron_nft.prompts import PromptSet
@@ -12,7 +12,7 @@ from megatron_nft.rewards import Judge
 from tests.unit.rollout.fakes import CHANCE, MIXED, RIGHT, WRONG, FakeEngine, fake_prompt, on_ranks
 
 K = 3  # with the greedy answer 4 a problem: of MIXED the greedy one and the second sampled one are right
-SETTINGS = EvaluationConfig(k=K)
+CONFIG = Config(evaluation=EvaluationConfig(k=K), rollout=RolloutConfig(max_tokens=16))
 SETS = {
     "easy": PromptSet([fake_prompt(kind, i) for i, kind in enumerate([RIGHT, RIGHT, MIXED, WRONG])]),
     "chance": PromptSet([fake_prompt(CHANCE, 10 + i) for i in range(7)]),
@@ -26,7 +26,7 @@ def judge():
 
 
 def run(engine: FakeEngine, judge: Judge):
-    return evaluate(engine, judge if engine.is_first else None, SETS, SETTINGS, 16, 1, "step 3")
+    return evaluate(engine, judge if engine.is_first else None, SETS, CONFIG, "step 3")
 
 
 def test_accuracies_by_hand(judge):
@@ -58,7 +58,7 @@ def test_seeds_are_those_of_the_problem_and_sample_alone(judge):
     assert engines[0].requests == engines[1].requests
     sampled = [request for request in engines[0].requests if request.temperature > 0]
     assert len({request.seed for request in sampled}) == len(sampled) == K * 11
-    assert answers_expected(engines[0], SETS, SETTINGS) == len(engines[0].requests)
+    assert answers_expected(engines[0], SETS, CONFIG.evaluation) == len(engines[0].requests)
 
 
 def test_the_file_and_the_table(judge, tmp_path):
@@ -72,7 +72,7 @@ def test_the_file_and_the_table(judge, tmp_path):
 
 def test_nothing_to_do_is_refused():
     with pytest.raises(UserError, match="no problem"):
-        check({}, SETTINGS)
+        check({}, CONFIG.evaluation)
     with pytest.raises(UserError, match="greedy is false"):
         check(SETS, EvaluationConfig(k=0, greedy=False))
 

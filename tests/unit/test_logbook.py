@@ -124,8 +124,9 @@ def test_a_row_that_was_begun_goes_on(step, tmp_path):
 
 
 def test_files_of_later_steps_are_removed(tmp_path):
-    kept = ["step_2.parquet", "step_2-1.parquet", "step_10.txt.bak", "huggingface.json"]
-    for name in [*kept, "step_3.parquet", "step_3-1.parquet", "step_10.json", "step_4.parquet.part"]:
+    kept = ["step_2.parquet", "step_2-1.parquet", "step_10.txt.bak", "huggingface.json", "coefficients_2.parquet"]
+    later = ["step_3.parquet", "step_3-1.parquet", "step_10.json", "step_4.parquet.part"]
+    for name in [*kept, *later, "coefficients_3.parquet", "coefficients_10.parquet.part"]:
         (tmp_path / name).write_text("")
     remove_later(tmp_path, 2)
     remove_later(tmp_path / "nowhere", 2)

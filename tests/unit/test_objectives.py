@@ -134,6 +134,21 @@ def test_gradient_equals_the_closed_form(name, ratio):
             assert got[i, t].item() == pytest.approx(expected, rel=1e-12, abs=1e-15), (i, t)
 
 
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_stands_at_masked_tokens_counts_nowhere(name, ratio):
+    """No bit of loss, gradient, metrics and correction hangs on it, were it not a number."""
+    config = ObjectiveConfig(name=name, ratio=ratio, correction=CorrectionConfig("truncate", "sequence"))
+    logprobs, old, mask = random_answers(6, 7, seed=4, spread=0.3)
+    found = []
+    for filler in (0.0, float("nan")):
+        inputs = group_inputs(logprobs, old.where(mask > 0, torch.tensor(filler)), [1, 0, 0, 1, 0, 1], config, mask=mask)
+        value, metrics = loss(inputs, config)
+        factor, sums = correction(logprobs.detach().flatten(), inputs.old_logprobs, inputs.mask, inputs.answer_index, config)
+        found.append([*torch.autograd.grad(value, logprobs), value, factor, *metrics.values(), *sums.values()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradient_equals_finite_differences(name):
     """Of the value itself, away from the clips' corners (cispo and topr: of the surrogate with its ratio held)."""

@@ -8,8 +8,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_nft import charts, report
+from megatron_nft import charts, report, samples
 from megatron_nft.errors import UserError
+from megatron_nft.prompts import load_tokenizer
+from tests.support import ROOT
 
 HOSTILE = '<script>alert("1")</script><img src="http://evil.example/x.png">'
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -105,15 +107,57 @@ def test_the_page_fetches_nothing_and_escapes_what_models_wrote(run_dir):
 
 
 def test_samples_are_right_and_wrong_ones_of_the_first_and_last_step(run_dir):
-    samples = report.sample_answers(run_dir)
-    assert [step for step, _, _ in samples] == [1, 10]  # by number, not by name
-    for _, right, wrong in samples:
+    found = samples.sample_answers(run_dir)
+    assert [step for step, _, _ in found] == [1, 10]  # by number, not by name
+    for _, right, wrong in found:
         assert [one["outcome"] for one in right + wrong] == ["right"] * 3 + ["wrong"] * 3
         assert len({one["prompt_id"] for one in right}) == 3
 
 
+@pytest.fixture
+def watched(run_dir) -> list[int]:
+    """The run wrote down R and c of one answer of step 4, from a hostile text of which one token is a tool's; its tokens."""
+    tokenizer = load_tokenizer(ROOT / "examples/arithmetic/model")
+    ids = tokenizer(f"{HOSTILE} ½", add_special_tokens=False)["input_ids"]
+    many = [answer(f"p{i % 5}", 1.0, f"plain answer {i}") | {"position": i, "sample": 0} for i in range(20)]
+    many[13] |= {"tokens": ids, "prompt_id": "p3", "position": 7, "sample": 2}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(many), run_dir / "rollouts" / "step_10.parquet")
+    numbers = [None, 0.5, -0.25, 0.0, *[0.125] * (len(ids) - 4)]
+    pushes = {"step": [10], "position": [7], "sample": [2], "R": [[None, *[1.5] * (len(ids) - 1)]], "c": [numbers]}
+    pyarrow.parquet.write_table(pyarrow.table(pushes), run_dir / "rollouts" / "coefficients_10.parquet")
+    config = run_dir / "config.yaml"
+    config.write_text(config.read_text().replace("models/tiny", str(ROOT / "examples/arithmetic/model")))
+    return ids
+
+
+def test_tokens_have_the_colours_of_their_coefficients(run_dir, watched):
+    page = Page(report.write_report(run_dir).read_text(encoding="utf-8"))
+    spans = [attributes for tag, attributes in page.tags if tag == "span" and "title" in attributes]
+    assert [one["title"] for one in spans[:4]] == ["not trained on", "R 1.5, c +0.5", "R 1.5, c -0.25", "R 1.5, c +0"]
+    assert [one.get("class") for one in spans[:3]] == ["masked", None, None]
+    assert [one.get("style") for one in spans[:5]] == [
+        None, "background: rgba(44, 125, 73, 0.65)", "background: rgba(178, 58, 50, 0.33)", None, "background: rgba(44, 125, 73, 0.16)",
+    ]  # fmt: skip
+    assert f"{HOSTILE} ½" in "".join(page.texts) and not {"script", "img"} & {tag for tag, _ in page.tags}
+    first = samples.sample_answers(run_dir, str(ROOT / "examples/arithmetic/model"))[1][1][0]
+    assert "".join(token.text for token in first["tokens"]) == f"{HOSTILE} ½" and len(first["tokens"]) < len(watched) == first["length"]
+    assert first["tokens"][-1].text == "½" and first["tokens"][-1].title == "R 1.5, c +0.125; R 1.5, c +0.125"  # one character, two tokens
+
+
+def test_without_the_tokenizer_the_text_is_shown_as_it_is(run_dir, watched):
+    right = samples.sample_answers(run_dir, "models/gone")[1][1]
+    assert [one["tokens"] for one in right] == [None] * 3 and right[0]["response"] == "plain answer 13"
+
+
+def test_of_many_tokens_the_middle_is_left_out():
+    many = [samples.Token(str(i), "", "", False) for i in range(samples.LONGEST_ROW + 50)]
+    shown = samples._shortened(many)
+    assert shown[0] == many[0] and shown[-1] == many[-1] and "50 tokens" in shown[samples.LONGEST_ROW // 2].text
+    assert len(shown) == samples.LONGEST_ROW + 1 and samples._shortened(many[:5]) == many[:5]
+
+
 def test_long_answers_are_cut_in_the_middle():
-    shown = report._shown(answer("p", 1.0, "a" * 5000 + "b" * 5000))
+    shown = samples._shown(answer("p", 1.0, "a" * 5000 + "b" * 5000))
     assert len(shown["response"]) < 6100
     assert shown["response"].startswith("aaa")
     assert shown["response"].endswith("bbb")

@@ -152,6 +152,7 @@ def test_nothing_to_correct_where_the_sampler_is_pi_old():
 
 def test_the_overlong_penalty_needs_an_objective_that_takes_it_and_room():
     assert "verdicts alone" in one_line(reward__overlong_buffer=8).problem
+    assert "rollout.function is set" in one_line(rollout__function="a.py:f", rollout__tensor_parallel_size=2).problem
     assert "longer than rollout.max_tokens" in one_line(objective__name="dapo", reward__overlong_buffer=513).problem
 
 

@@ -1,6 +1,7 @@
 """The queue alone: what is sent, in which order, when a step has enough, what is carried, resumed, given up and put back."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -160,6 +161,9 @@ def test_an_unfinished_answer_goes_on_with_its_tokens_and_what_is_left_of_its_le
         assert request.seed == seed_of(original.seed, tokens) != original.seed
     whole = own.so_far(first.key, 0).followed_by(Response([9, 9], [-3.0, -3.0], "stop", 1, "x"), "all")
     assert whole.token_ids == [8, 8, 8, 8, 9, 9] and whole.logprobs == [-2.0] * 4 + [-3.0] * 2
+    assert (
+        whole.loss_mask is None and own.so_far(first.key, 0).followed_by(replace(whole, loss_mask=[0] * 6), "").mask() == [1] * 4 + [0] * 6
+    )
     assert whole.versions == [0] * 4 + [1] * 2 and (whole.finish_reason, whole.text) == ("stop", "all")
 
 

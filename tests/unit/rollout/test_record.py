@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from megatron_nft.rollout import read_rollouts, rollout_path, write_rollouts
-from megatron_nft.trajectories import Group, Prompt, Response, Verdict
+from megatron_nft.rollout import read_coefficients, read_rollouts, rollout_path, write_coefficients, write_rollouts
+from megatron_nft.trajectories import Group, Prompt, Pushes, Response, Verdict
 from tests.support import made_up_groups
 
 
@@ -26,6 +26,7 @@ def awkward_groups() -> list[Group]:
         Response([2], [huge], "length", 3, "", None, Verdict(0.1, "wrong"), -0.3),
         Response([3], [float("-inf")], "stop", 4, "{}", [0], None, 1 / 3),
         Response([], [], "length", 0, "none", [], Verdict(0.0, "timed_out")),
+        Response([4, 5, 6, 7], [-0.5, 0.0, -0.25, -1.0], "unfinished", 2, "4,5", [1, 0, 1, 1], None, 0.0, [(2, 3), (3, 5)]),
     ]
     return [Group(prompt, responses, position=2**40), Group(Prompt("", "", "", (), ""), responses[:1])]
 
@@ -83,3 +84,18 @@ def test_each_engine_has_its_own_file(tmp_path):
     assert rollout_path(tmp_path, 3) == tmp_path / "rollouts" / "step_3.parquet"
     paths = [rollout_path(tmp_path, 3, engine, 2) for engine in range(2)]
     assert [path.name for path in paths] == ["step_3-0.parquet", "step_3-1.parquet"]
+
+
+def test_a_file_that_is_older_than_a_column_is_read(tmp_path):
+    path, groups = tmp_path / "step_1.parquet", [rounded(group) for group in made_up_groups(2)]
+    write_rollouts(path, 1, groups)
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(path).drop_columns(["later_versions"]), path)
+    assert read_rollouts(path) == groups
+
+
+def test_coefficients(tmp_path):
+    """To the last bit of float32; a token that is not trained on has none."""
+    pushes = [Pushes(2**40, 3, [1.0, None, 0.5], [-0.25, None, 0.0]), Pushes(0, 0, [], [])]
+    write_coefficients(tmp_path, 4, pushes)
+    assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["coefficients_4.parquet"]
+    assert read_coefficients(tmp_path, 4) == pushes and read_coefficients(tmp_path, 5) == []
