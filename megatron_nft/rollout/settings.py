@@ -24,6 +24,7 @@ class Request:
     top_p: float
     max_tokens: int
     seed: int
+    stop: tuple[str, ...] = ()
 
 
 def sampling_params(request: Request) -> Any:
