@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,10 @@ def found(run_dir: str | Path) -> dict[str, str]:
     return {file.stem: json.loads(text)["address"] for file in files if (text := _read(file))}
 
 
-def ask_for_restart(run_dir: str | Path, name: str) -> None:
-    """Let the process that watches over a server end it and start it anew."""
-    if (directory(run_dir) / f"{name}.json").is_file():
-        (directory(run_dir) / f"{name}.restart").touch()
+def ask_for_restart(run_dir: str | Path, name: str, address: str) -> None:
+    """Let the process that watches over the server at an address end it and start it anew. One that has ended by itself is none of that."""
+    if found(run_dir).get(name) == address:
+        (directory(run_dir) / f"{name}.restart").write_text(address)
 
 
 class Server:
@@ -78,7 +78,7 @@ class Server:
         self._file = directory(config.run_dir) / f"{self._name}.json"
         self._process: subprocess.Popen | None = None
         self._guard: subprocess.Popen | None = None
-        self._port, self._since = 0, None  # since: when it began to answer
+        self._port, self._since, self._address = 0, None, ""  # since: when it began to answer
 
     def watch(self, asked: list[int]) -> None:
         """Start the server, and start it again where it ends, until a signal's number is in `asked`."""
@@ -127,14 +127,15 @@ class Server:
         """Write the address once the server answers."""
         if self._since is None and _answers(f"http://{_reachable(self._settings.host, local=True)}:{self._port}/health"):
             self._since = time.monotonic()
-            address = f"http://{_reachable(self._settings.host)}:{self._port}"
+            self._address = f"http://{_reachable(self._settings.host)}:{self._port}"
             part = self._file.with_suffix(".part")
-            part.write_text(json.dumps({"address": address, "pid": self._process.pid, "model": self._config.model.path}) + "\n")
+            part.write_text(json.dumps({"address": self._address, "pid": self._process.pid, "model": self._config.model.path}) + "\n")
             os.replace(part, self._file)
-            self._say(f"answers at {address}")
+            self._say(f"answers at {self._address}")
 
     def _restart_wanted(self) -> bool:
-        return self._file.with_suffix(".restart").exists()
+        """Whether a client asked for a new start of this server, and not of the one before it."""
+        return self._since is not None and self._address == _read(self._file.with_suffix(".restart"))
 
     def _say(self, what: str) -> None:
         print(f"megatron-nft: server {self._name} {what}", file=sys.stderr, flush=True)
@@ -207,10 +208,8 @@ def _asked_to_end() -> Iterator[list[int]]:
 
 def _kill_group(leader: int) -> None:
     """End all processes of the session that `leader` leads, whether or not it lives."""
-    try:
+    with suppress(ProcessLookupError):  # nobody is left
         os.killpg(leader, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # nobody is left
 
 
 def _answers(url: str) -> bool:
