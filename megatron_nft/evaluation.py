@@ -20,7 +20,9 @@ from megatron_nft.logbook import progress
 from megatron_nft.prompts import PromptSet, load_sets, load_tokenizer
 from megatron_nft.rewards import Judge
 from megatron_nft.rollout import Engine, Request, write_rollouts
-from megatron_nft.rollout.sampler import GroupSummary, answer, seed_of, summarise
+from megatron_nft.rollout.queue import seed_of
+from megatron_nft.rollout.summaries import GroupSummary, summarise
+from megatron_nft.rollout.verdicts import answer
 from megatron_nft.trajectories import OUTCOMES, Group, Prompt, Response
 
 RESAMPLES = 2000  # of the bootstrap
@@ -94,13 +96,13 @@ def evaluate(
     """
     own = _own_problems(engine, prompt_sets, evaluation)
     requests = [_requests(prompt, name, evaluation, max_tokens, seed) for name, _, prompt in own]
-    groups, _ = answer(engine, judge, [prompt for _, _, prompt in own], requests, on_finish)
+    groups = answer(engine, judge, [prompt for _, _, prompt in own], requests, on_finish)
     answers: dict[str, list[Group]] = {}
     parts: list[tuple[str, GroupSummary]] = []  # with the kind of answers it tells of
     for (name, position, _), group in zip(own, groups, strict=False):
-        for kind, some in _by_kind(group, evaluation):
+        for kind, some in _by_kind(group, position, evaluation):
             answers.setdefault(f"{name}/{kind}", []).append(some)
-            parts.append((f"{name}/{kind}", summarise(position, some)))
+            parts.append((f"{name}/{kind}", summarise(some)))
     summaries: dict[str, list[GroupSummary]] = {}
     for name, summary in sorted((item for part in engine.gather(parts) for item in part), key=lambda item: item[1].position):
         summaries.setdefault(name, []).append(summary)
@@ -174,11 +176,11 @@ def _requests(prompt: Prompt, name: str, evaluation: EvaluationConfig, max_token
     return greedy + [Request(prompt.token_ids, evaluation.temperature, evaluation.top_p, max_tokens, own) for own in seeds]
 
 
-def _by_kind(group: Group, evaluation: EvaluationConfig) -> list[tuple[str, Group]]:
+def _by_kind(group: Group, position: int, evaluation: EvaluationConfig) -> list[tuple[str, Group]]:
     """A problem's answers parted into the greedy one and the sampled ones, as _requests ordered them."""
     first = int(evaluation.greedy)
     kinds = (("greedy", group.responses[:first]), ("sampled", group.responses[first:]))
-    return [(kind, Group(group.prompt, responses)) for kind, responses in kinds if responses]
+    return [(kind, Group(group.prompt, responses, position)) for kind, responses in kinds if responses]
 
 
 def _result(name: str, summaries: dict[str, list[GroupSummary]], k: int) -> dict:

@@ -39,12 +39,13 @@ class Saves:
         if is_first:
             checkpoint.sweep(self.run_dir)
 
-    def start(self, state: dict, scores: dict[str, float] | None = None) -> None:
-        """Save the state after state["step"]; scores: the metrics of its validation, if it had one. Waits for the save before it, and with
-        checkpoint.async_save off for this one, too."""
+    def start(self, state: dict, scores: dict[str, float] | None = None, more: checkpoint.Files | None = None) -> None:
+        """Save the state after state["step"]; scores: the metrics of its validation, if it had one; more: as in Policy.start_save. Waits
+        for the save before it, and with checkpoint.async_save off for this one, too."""
         self.finish()
         score = (scores or {}).get(self.metric)
-        self.model.start_save(directory_of(self.run_dir, state["step"]), state if score is None else state | {"score": score}, self._prune)
+        state = state if score is None else state | {"score": score}
+        self.model.start_save(directory_of(self.run_dir, state["step"]), state, self._prune, more)
         if not self.config.checkpoint.async_save:
             self.finish()
 

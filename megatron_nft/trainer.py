@@ -103,12 +103,14 @@ class Run:
         self._open.callback(policy.shutdown)
         self.policy = policy.Policy(config, self.topology)
         self.objective = partial(objectives.loss, settings=config.objective)
-        self.cursor = Cursor(given.prompts, config.seed, config.data.shuffle)
+        self.cursor = Cursor(given.prompts, config.seed, config.data.shuffle, config.data.most_skipped)
         self.first_step = self.tokens = 0  # tokens: sampled so far
-        self.state = self._state(0)
+        self.state: dict = {}
+        self.carried: list[Group] = []  # with self.state: the sampler's groups that go on in the next step
         self.validated: tuple[int, dict[str, float]] = (-1, {})  # the last validation: after which step, and what it gave
+        loaded = None
         if given.checkpoint:
-            _, self.state = self.policy.load_newest(given.checkpoint)
+            loaded, self.state = self.policy.load_newest(given.checkpoint)
             self.first_step, self.tokens = self.state["step"], self.state["tokens"]
             self.cursor.load_state_dict(self.state["cursor"])
         self.policy.offload()  # what the engine finds free it takes
@@ -122,6 +124,11 @@ class Run:
         if self.engine.rounds_head:
             self.log.note("this vLLM rounds its logits to 16 bits (it has no head_dtype), the trainer does not: watch logprob_difference")
         self.sampler = rollout.Sampler(self.engine, self.judge, self.cursor, config)
+        if loaded:
+            self.sampler.load(self.state["sampler"], loaded)
+            self.carried = self.sampler.carried()
+        else:
+            self._note_state(0)
         self.check = SelfCheck(self.policy, self.engine, given.prompts.prompts, config)
         self.sync(self.first_step)
 
@@ -239,7 +246,7 @@ class Run:
             self.log.total_steps = step if last else min(config.train.steps, math.ceil(step * config.train.sampled_tokens / self.tokens))
         self._log_measured([*updates[:1], *measured])
         self.log.add({f"train/{name}": value for name, value in objectives.summarize(updates, config.optimizer.clip_grad).items()})
-        self.state = self._state(step)
+        self._note_state(step)
         interval = config.evaluation.interval
         self._finish_row(step, validate=bool(self.validation and interval and (step % interval == 0 or last)))
         if last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
@@ -248,9 +255,11 @@ class Run:
                 self.policy.offload()
                 self.engine.wake()
 
-    def _state(self, step: int) -> dict:
-        """What a checkpoint after `step` tells besides the model: JSON."""
-        return {"command": "train", "step": step, "tokens": self.tokens, "cursor": self.cursor.state_dict()}
+    def _note_state(self, step: int) -> None:
+        """What a checkpoint after `step` tells besides the model: JSON, and the answers that go on."""
+        cursor, sampler = self.cursor.state_dict(), self.sampler.state_dict()
+        self.state = {"command": "train", "step": step, "tokens": self.tokens, "cursor": cursor, "sampler": sampler}
+        self.carried = self.sampler.carried()
 
     def _finish_row(self, step: int, validate: bool) -> None:
         """Validate and commit the row. Until then it is part of the state: a run stopped here makes the validation when it goes on."""
@@ -279,7 +288,8 @@ class Run:
         if self.config.train.offload != "none":
             self.engine.sleep(level=1)  # what left the GPU comes back to be written, and needs the room
         step, scores = self.validated
-        self.saves.start(self.state, scores if step == self.state["step"] else None)
+        more = partial(self.sampler.write_carried, groups=self.carried)
+        self.saves.start(self.state, scores if step == self.state["step"] else None, more)
 
     def finish(self) -> None:
         """Export the model, write the report, print the table. Raises UserError where the last checkpoint could not be saved."""

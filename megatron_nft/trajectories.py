@@ -55,6 +55,14 @@ class Response:
         starts = [(0, self.weight_version), *(self.later_versions or ()), (len(self.token_ids), 0)]
         return [version for (first, version), (end, _) in zip(starts, starts[1:]) for _ in range(end - first)]
 
+    def followed_by(self, rest: "Response", text: str) -> "Response":
+        """This unfinished answer with the rest of it, which a resumed request gave; text: of both."""
+        begun = len(self.token_ids)
+        changed = [(begun, rest.weight_version)] if rest.weight_version != self.versions[-1] else []
+        changed += [(begun + first, version) for first, version in rest.later_versions or ()]
+        return Response(self.token_ids + rest.token_ids, self.logprobs + rest.logprobs, rest.finish_reason, self.weight_version, text,
+                        later_versions=[*(self.later_versions or ()), *changed] or None)  # fmt: skip
+
     def mask(self) -> list[int]:
         """The per-token loss mask, all ones where none was set."""
         return [1] * len(self.token_ids) if self.loss_mask is None else self.loss_mask

@@ -36,6 +36,7 @@ def _check_pairs(config: Config) -> None:
     _check_objective(config)
     _check_correction(config)
     _check_groups(config)
+    _check_order(config)
     _check_batches(config)
     megatron.check(config)
 
@@ -119,6 +120,33 @@ def _check_groups(config: Config) -> None:
         )
 
 
+def _check_order(config: Config) -> None:
+    """What rollout.order allows."""
+    rollout = config.rollout
+    if not 0 <= config.data.most_skipped < 1:
+        raise UserError(f"data.most_skipped is {config.data.most_skipped}", "use 0 or more and less than 1, so that every prompt comes again")
+    if rollout.order == "prompt" and rollout.max_staleness:
+        raise UserError(
+            f"rollout.max_staleness is {rollout.max_staleness} and rollout.order prompt: what is carried depends on how fast the engines are",
+            "use rollout.order=started, or max_staleness=0",
+        )
+    if rollout.order == "prompt" and rollout.hopeless_after is not None:
+        raise UserError(
+            "rollout.hopeless_after is set and rollout.order prompt: which answers are finished first depends on the engines",
+            "use rollout.order=started",
+        )
+    if rollout.max_prompts_per_step is not None and rollout.max_prompts_per_step < rollout.prompts_per_step:
+        raise UserError(
+            f"rollout.max_prompts_per_step ({rollout.max_prompts_per_step}) is less than rollout.prompts_per_step "
+            f"({rollout.prompts_per_step})",
+            "raise it",
+        )
+    if (rollout.max_staleness or rollout.hopeless_after) and not rollout.dynamic_sampling:
+        raise UserError(
+            "rollout.max_staleness and rollout.hopeless_after are for rollout.dynamic_sampling, which is false", "leave them out"
+        )
+
+
 def _check_batches(config: Config) -> None:
     if config.rollout.prompts_per_step % config.train.prompts_per_update:
         raise UserError(
@@ -143,7 +171,10 @@ _CHOICES = {
     "objective.reduction": ("constant", "token-mean", "sequence-mean"),
     "objective.correction.method": ("none", "truncate", "mask"),
     "objective.correction.level": ("token", "sequence", "geometric"),
+    "rollout.mode": ("colocated", "served"),
     "rollout.served.update": ("keep", "abort", "wait"),
+    "rollout.order": ("prompt", "started", "finished"),
+    "rollout.unfinished": ("resume", "drop"),
     "reward.truncated": ("wrong", "mask", "drop"),
     "train.old_logprobs": ("recompute", "rollout"),
     "train.offload": ("none", "gradients", "optimizer", "all"),
@@ -166,11 +197,12 @@ _LEAST = {
     "parallel.expert_tensor_parallel_size": 1,
     "data.max_prompt_length": 1,
     "rollout.prompts_per_step": 1,
-    "rollout.prompts_per_draw": 1,
+    "rollout.max_prompts_per_step": 1,
+    "rollout.max_staleness": 0,
+    "rollout.hopeless_after": 2,
     "rollout.n": 1,
     "rollout.temperature": 1e-3,
     "rollout.max_tokens": 1,
-    "rollout.max_draws": 1,
     "rollout.tensor_parallel_size": 1,
     "rollout.max_num_seqs": 1,
     "rollout.max_num_batched_tokens": 1,

@@ -71,6 +71,8 @@ class DataConfig:
     instruction: str = ""  # appended to the question in the user turn, on a line of its own
     max_prompt_length: int = 512  # tokens; longer prompts are dropped and counted
     shuffle: bool = True
+    # memory of difficulty: a prompt whose last u groups were uniform is passed over with probability most_skipped x (1 - 2^-u); below 1
+    most_skipped: float = 0.0
 
 
 @dataclass
@@ -92,14 +94,22 @@ class ServedConfig:
 
 @dataclass
 class RolloutConfig:
+    mode: str = "colocated"  # vLLM in the trainer's processes, before each training step | served: in servers of their own, see `served`
     prompts_per_step: int = 64  # mixed groups to train on in a rollout step
     n: int = 8  # answers per prompt
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int = 512  # of an answer
-    prompts_per_draw: int | None = None  # prompts sent at a time; default: prompts_per_step
-    dynamic_sampling: bool = True  # train on mixed groups only, drawn until there are enough; false: on all of one draw
-    max_draws: int = 8  # then train on what was kept
+    dynamic_sampling: bool = True  # train on mixed groups only, as many prompts being sent as that takes; false: on all of prompts_per_step
+    max_prompts_per_step: int | None = None  # then train on what there is; default: 8 x prompts_per_step
+    # prompt: as if one prompt were answered after the other; the same whatever the number of engines, and bit for bit after a resume
+    # started: in the order of starting, with max_staleness | finished: in the order of finishing, which favours short answers (length_bias)
+    order: str = "prompt"
+    # weight updates between the start of an answer and the step that trains on it; above 0, groups beyond those wanted are carried to the
+    # next step, and unfinished answers are resumed there with the tokens they have, or dropped and their prompts sent anew
+    max_staleness: int = 0
+    unfinished: str = "resume"  # resume | drop
+    hopeless_after: int | None = None  # a group is given up when so many of its answers are judged, all alike
     save: bool = True  # rollouts/step_N.parquet
     # the sampler's weights are compared with the trainer's after the first sync and those of steps 1 to 5, then every so many steps;
     # 0: after the first alone

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from megatron_nft.errors import UserError
 from megatron_nft.policy import manifest, optimizer
 from megatron_nft.policy.manifest import MANIFEST, best, damage, find, newest, prune, read_manifest, score_of, sweep
-from megatron_nft.policy.saving import Saved, Saver, failed
+from megatron_nft.policy.saving import Files, Saved, Saver, failed
 from megatron_nft.policy.topology import Topology
 
 __all__ = [
-    "MANIFEST", "Saved", "Saver", "best", "failed", "find", "load", "load_newest", "newest", "prune", "read_manifest", "score_of",
+    "MANIFEST", "Files", "Saved", "Saver", "best", "failed", "find", "load", "load_newest", "newest", "prune", "read_manifest", "score_of",
     "start", "sweep", "write_manifest",
 ]  # fmt: skip
 
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def start(saver: Saver, directory: Path, policy, state: dict, then: Callable[[], None]) -> None:
+def start(saver: Saver, directory: Path, policy, state: dict, then: Callable[[], None], more: Files | None = None) -> None:
     """Begin to save. Collective. `state` must be JSON; everything else comes from the policy. A directory of the same name is replaced.
 
     The manifest says what is there: the layout, the dtype of the weights, whether there is an optimizer, size and checksum of the
@@ -38,7 +38,7 @@ def start(saver: Saver, directory: Path, policy, state: dict, then: Callable[[],
     def make_state() -> dict:
         return sharded_state(policy, loading=False) | {"content_metadata": dict(METADATA)}
 
-    saver.start(directory, make_state, _live(policy), about, Path(policy.config.model.path), then)
+    saver.start(directory, make_state, _live(policy), about, Path(policy.config.model.path), then, more)
 
 
 def load_newest(directory: Path, policy) -> tuple[Path, dict]:

@@ -23,6 +23,9 @@ from megatron_nft.policy import cpu, files, manifest, versions
 from megatron_nft.weights import copy_companions
 
 
+Files = Callable[[Path], list[Path]]  # given the directory, writes files there and names them
+
+
 @dataclass
 class Saved:
     """How a save ended, the same on every rank but for the time this one waited."""
@@ -50,6 +53,7 @@ class Snapshot:
     about: dict  # the manifest but for its files
     companions: Path  # the directory of config and tokenizer
     then: Callable[[], None]  # called in the first rank's thread when the directory is complete
+    more: Files | None = None  # called in every rank's thread
 
 
 class Saver:
@@ -74,6 +78,7 @@ class Saver:
         about: dict,
         companions: Path,
         then: Callable[[], None],
+        more: Files | None = None,
     ) -> None:
         """Take a snapshot and begin to write it. make_state gives Megatron's sharded state; live: tensors that training changes; the rest
         is as in Snapshot."""
@@ -84,7 +89,7 @@ class Saver:
             # how the ranks share the tensors does not change: Megatron compares it between all of them once
             sharded, common = versions.split_state(make_state(), validate=not self._validated)
             self._validated = True
-            snapshot = Snapshot(self._on_host(sharded, live), copy.deepcopy(common), copy.deepcopy(about), companions, then)
+            snapshot = Snapshot(self._on_host(sharded, live), copy.deepcopy(common), copy.deepcopy(about), companions, then, more)
         self._saved = Saved(directory, 0.0, 0.0, None)
         self._thread = threading.Thread(target=self._run, args=(directory, snapshot, started), name="checkpoint", daemon=True)
         self._thread.start()
@@ -173,7 +178,8 @@ class Saver:
         results, marks, problem = [], {}, None
         try:
             results = writer.write()
-            marks = manifest.secured(written, writer.paths())
+            others = snapshot.more(written) if snapshot.more else []
+            marks = manifest.secured(written, [*writer.paths(), *others])
         except Exception as error:  # told to the other ranks, which wait for this one's results, and raised by finish()
             problem = self._told(error)
         everyone = [None] * dist.get_world_size() if dist.get_rank() == 0 else None

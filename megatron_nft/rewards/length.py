@@ -2,7 +2,7 @@
 
 from megatron_nft.config import RewardConfig
 from megatron_nft.rewards.boxed import WRONG
-from megatron_nft.trajectories import Group
+from megatron_nft.trajectories import Response
 
 
 def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
@@ -10,19 +10,21 @@ def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
     return max(min((max_tokens - buffer - length) / buffer, 0.0), -1.0)
 
 
-def settle(group: Group, reward: RewardConfig, max_tokens: int) -> None:
-    """Apply reward.truncated to the judged answers that ran into max_tokens, and reward.overlong_buffer to all.
+def settle(response: Response, reward: RewardConfig, max_tokens: int) -> None:
+    """Apply reward.truncated to a judged answer that ran into max_tokens, and reward.overlong_buffer to any.
 
     wrong (the paper's): verdict 0 whatever the judge said; it counts in r̂, in the denominators, and is trained on.
     mask: verdict 0 and counted in r̂ likewise, but no token of it is trained on or counted in a denominator.
-    drop: the answer leaves the group, as if it had never been sampled; r̂ is the mean of those that are left.
+    drop: as is_dropped says, the answer leaves its group, as if it had never been sampled; r̂ is the mean of those that are left.
     """
-    if reward.truncated == "drop":
-        group.responses = [response for response in group.responses if response.finish_reason != "length"]
-    for response in group.responses:
-        if response.finish_reason == "length":
-            response.verdict = WRONG if response.verdict.score else response.verdict  # a zero keeps its outcome
-            if reward.truncated == "mask":
-                response.loss_mask = [0] * len(response.token_ids)
-        if reward.overlong_buffer is not None:
-            response.penalty = overlong_penalty(len(response.token_ids), max_tokens, reward.overlong_buffer)
+    if is_dropped(response):
+        response.verdict = WRONG if response.verdict.score else response.verdict  # a zero keeps its outcome
+        if reward.truncated == "mask":
+            response.loss_mask = [0] * len(response.token_ids)
+    if reward.overlong_buffer is not None:
+        response.penalty = overlong_penalty(len(response.token_ids), max_tokens, reward.overlong_buffer)
+
+
+def is_dropped(response: Response) -> bool:
+    """Whether reward.truncated drop leaves the answer out."""
+    return response.finish_reason == "length"

@@ -6,12 +6,13 @@ Ranks 0 .. tp - 1 are engine 0, the next tp ranks engine 1, and so on. The engin
 """
 
 import gc
+import itertools
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from operator import methodcaller
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,8 @@ def check_world(rollout: RolloutConfig, world: int) -> None:
 class Engine:
     """A vLLM engine under the external launcher: torch.distributed and RANK, LOCAL_RANK, WORLD_SIZE, MASTER_* are set by the caller.
 
-    `index` of `count` engines is this rank's; `is_first` marks the one rank of an engine that hands on its answers;
+    `index` of `count` engines is this rank's; `is_first` marks the one rank of an engine that hands on its answers; `slots` is how many
+    answers an engine can have running;
     `weight_version` counts the syncs as told by the caller; `names` are the model's tensors under their Hugging Face names;
     `rounds_head` tells of a sampler that rounds its logits to 16 bits.
     """
@@ -77,6 +79,7 @@ class Engine:
         world, rank, tp = dist.get_world_size(), dist.get_rank(), rollout.tensor_parallel_size
         check_world(rollout, world)
         self.count, self.index, self.is_first = world // tp, rank // tp, rank % tp == 0
+        self.slots = rollout.max_num_seqs  # answers that can run at once
         self.weight_version = 0
         self._asked_to_stop = asked_to_stop
         self._on_gpu = torch.cuda.is_available()
@@ -120,14 +123,54 @@ class Engine:
         on_finish(index, response) is called the moment a response is done, while others still run.
         """
         responses: list[Response | None] = [None] * len(requests)
+        for index, request in enumerate(requests):
+            self.add(index, request)
+        for steps in itertools.count():
+            if steps % ASK_EVERY == 0 and self.asked_to_stop():
+                self.withdraw(range(len(requests)))
+                raise Stopped("stopped on request while answers were sampled")
+            finished = self.step()
+            if finished is None:
+                return responses
+            for index, response in finished:
+                responses[index] = response
+                if on_finish is not None:
+                    on_finish(index, response)
 
-        def finish(index: int, output: Any) -> None:
-            responses[index] = self._response(output.outputs[0])
-            if on_finish is not None:
-                on_finish(index, responses[index])
+    def add(self, key: int, request: Request) -> None:
+        """Have an answer sampled; keys tell the running ones apart. All ranks of the engine add the same."""
+        self._engine.add_request(str(key), {"type": "token", "prompt_token_ids": list(request.token_ids)}, sampling_params(request))
 
-        self._run([(request.token_ids, sampling_params(request)) for request in requests], finish, may_stop=True)
-        return responses
+    @generators_kept()
+    def step(self) -> list[tuple[int, Response]] | None:
+        """One step of the scheduler, which samples a token of every running answer: those that it finishes, by key. None where nothing runs
+        on any engine. A collective call: its condition is a reduction over the engines."""
+        if not self._engine.has_unfinished_requests():
+            return None
+        finished = [output for output in self._engine.step() if output.finished]
+        return [(int(output.request_id), self._response(output.outputs[0])) for output in finished]
+
+    def withdraw(self, keys: Iterable[int]) -> dict[int, Response]:
+        """Give up answers, on all ranks of the engine; what there is of each: finish_reason "unfinished", no tokens where it has not begun.
+        Keys that do not run are passed over."""
+        states = self._engine.output_processor.request_states
+        mine = {int(state.external_req_id): state for state in states.values()}
+        found = {key: self._so_far(mine[key]) for key in keys if key in mine}
+        self._engine.abort_request([str(key) for key in found])
+        return found
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for room in this engine."""
+        return self._engine.engine_core.engine_core.scheduler.get_request_counts()[1]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """As text, special tokens left out."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank was asked to stop. A collective call."""
+        return self._asked_to_stop is not None and self._asked_to_stop()
 
     def token_logprobs(self, token_ids: list[list[int]]) -> list[list[float]]:
         """Log-prob of every token given those before it, at temperature 1: one list for each sequence, shorter by one than the sequence.
@@ -144,7 +187,12 @@ class Engine:
             results[index] = [row[token].logprob for token, row in rows]
 
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        self._run([(ids, params) for ids in token_ids], finish)
+        for index, ids in enumerate(token_ids):
+            self._engine.add_request(str(index), {"type": "token", "prompt_token_ids": list(ids)}, params)
+        with generators_kept():
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    finish(int(output.request_id), output)
         self._reset_prefix_cache()
         return results
 
@@ -198,6 +246,12 @@ class Engine:
             self._engine.wake_up()
             self._asleep = 0
 
+    def added(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks of a tensor on the CPU, in its place. A collective call."""
+        if self._group is not None:
+            dist.all_reduce(values, group=self._group)
+        return values
+
     def gather(self, value: Any) -> list[Any]:
         """The values of all engines, in their order, on every rank; of an engine's ranks the first one's counts. Any picklable value."""
         if self._group is None:
@@ -220,31 +274,15 @@ class Engine:
         gc.unfreeze()  # vLLM freezes what it allocates at start
         gc.collect()
 
-    @generators_kept()
-    def _run(self, requests: list[tuple], finish: Callable[[int, Any], None], may_stop: bool = False) -> None:
-        """Run (token ids, sampling parameters) to the end, on all engines. The loop's condition is a reduction over the engines."""
-        for index, (token_ids, params) in enumerate(requests):
-            self._engine.add_request(str(index), {"type": "token", "prompt_token_ids": list(token_ids)}, params)
-        steps = 0
-        while self._engine.has_unfinished_requests():
-            if may_stop and self._asked_to_stop is not None and steps % ASK_EVERY == 0 and self._asked_to_stop():
-                self._give_up(len(requests))
-            steps += 1
-            for output in self._engine.step():
-                if output.finished:
-                    finish(int(output.request_id), output)
-
-    def _give_up(self, count: int) -> NoReturn:
-        """Abort what still runs of `count` requests, on all engines at the same step, and raise Stopped."""
-        self._engine.abort_request([str(index) for index in range(count)])
-        while self._engine.has_unfinished_requests():
-            self._engine.step()
-        raise Stopped("stopped on request while answers were sampled")
-
     def _response(self, output: Any) -> Response:
         """vLLM's output as a Response. Token ids and log-probs are untouched; the text leaves special tokens out."""
         if output.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended an answer with {output.finish_reason!r}")
         token_ids = list(output.token_ids)
-        return Response(token_ids, list(output.logprobs.logprobs), output.finish_reason, self.weight_version,
-                        self._tokenizer.decode(token_ids, skip_special_tokens=True))  # fmt: skip
+        logprobs = list(output.logprobs.logprobs)
+        return Response(token_ids, logprobs, output.finish_reason, self.weight_version, self.decode(token_ids))
+
+    def _so_far(self, state: Any) -> Response:
+        """What vLLM's output processor has of a running request."""
+        token_ids, logprobs = list(state.detokenizer.output_token_ids), state.logprobs_processor.logprobs
+        return Response(token_ids, list(logprobs.logprobs)[: len(token_ids)], "unfinished", self.weight_version, "")

@@ -1,225 +1,247 @@
-"""Dynamic sampling: prompts are drawn until enough groups are mixed (0 < r̂ < 1), the only ones an objective learns from. Without it
-one draw is all, and every group is trained on.
+"""The colocated sampler. Each engine takes prompts from one queue as it has room, and all stop when enough groups are there.
 
-Every rank takes the same prompts from its copy of the cursor; prompt i of a draw is answered by engine i mod engines. What is
-kept is decided from rates that all ranks have gathered, so the decision is the same everywhere.
+Every rank has the whole Queue and is told the same: after each step of the schedulers one sum over all ranks says which answers have got
+what verdict, and how much room the engines have. So all of them send, give up and stop at the same step, without asking each other. The
+answers themselves stay where they were sampled; elsewhere a stub stands for them.
 """
 
-import math
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from megatron_nft.config import Config
-from megatron_nft.rewards.length import settle
-from megatron_nft.rollout.engine import Engine, Request
-from megatron_nft.trajectories import OUTCOMES, Group, Prompt, Response
+from megatron_nft.rollout.engine import ASK_EVERY, Engine
+from megatron_nft.rollout.queue import Open, Queue, Taken
+from megatron_nft.rollout.record import read_rollouts, write_rollouts
+from megatron_nft.rollout.summaries import statistics, summarise
+from megatron_nft.rollout.verdicts import Verdicts
+from megatron_nft.stopping import Stopped
+from megatron_nft.trajectories import Group, Response, Verdict
 from megatron_nft.weights import Bucket
 
 if TYPE_CHECKING:
     from megatron_nft.prompts import Cursor
     from megatron_nft.rewards.judge import Judge
 
-MARGIN = 1.1  # a further draw asks for a tenth more than the mixed share so far promises ...
-LEAST_SHARE = 0.1  # ... which is taken as no smaller than this
+EVENTS = 32  # verdicts that an engine can tell of after one scheduler step; more wait for the next one
+_FREED, _WAITING, _PENDING, _COUNT, _FIRST = range(5)  # what an engine's row of numbers begins with
+_EVENT = 4  # numbers: key, sample, score, whether it ended by length
 
 
 @dataclass
 class Rollout:
-    """What one rollout step sampled."""
+    """What one rollout step gave."""
 
-    groups: list[Group]  # kept, this engine's, in prompt order; empty on ranks that are not their engine's first
+    groups: list[Group]  # kept, this engine's, in the order of starting; empty on ranks that are not their engine's first
     statistics: dict[str, float]  # over all engines, the same on every rank
-    reward_seconds: float  # waited for verdicts after generation had ended, the longest of the engines
+    reward_seconds: float  # waited for verdicts, the longest of the engines
     warnings: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class GroupSummary:
-    """What the other engines learn of a group."""
-
-    position: int  # of the prompt within the step
-    rates: tuple[float, ...]  # the verdicts of its answers, dropped ones left out; may be empty
-    lengths: tuple[int, ...]  # of these answers, in tokens
-    sampled: int  # answers, dropped ones included
-    sampled_tokens: int
-    truncated: int  # answers that ended by length, dropped ones included
-    outcomes: Counter  # of all sampled answers
-
-    @property
-    def correct_rate(self) -> float:
-        """r̂."""
-        return sum(self.rates) / len(self.rates)
-
-    @property
-    def is_mixed(self) -> bool:
-        """As Group.is_mixed."""
-        return len(set(self.rates)) > 1
-
-
-def seed_of(*parts: int | str) -> int:
-    """A seed of 63 bits that depends on every part and on nothing else."""
-    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
-
-
-def summarise(position: int, group: Group, sampled: list[Response] | None = None) -> GroupSummary:
-    """The summary of a judged group. `sampled`: all of its answers, where some have been dropped."""
-    sampled = group.responses if sampled is None else sampled
-    return GroupSummary(
-        position=position,
-        rates=tuple(response.verdict.score for response in group.responses),
-        lengths=tuple(len(response.token_ids) for response in group.responses),
-        sampled=len(sampled),
-        sampled_tokens=sum(len(response.token_ids) for response in sampled),
-        truncated=sum(response.finish_reason == "length" for response in sampled),
-        outcomes=Counter(response.verdict.outcome for response in sampled),
-    )
-
-
-def answer(
-    engine: Engine,
-    judge: "Judge | None",
-    prompts: list[Prompt],
-    requests: list[list[Request]],
-    on_finish: Callable[[int, Response], None] | None = None,
-) -> tuple[list[Group], float]:
-    """Sample and judge this engine's prompts; requests[i] are those of prompts[i]. Called by every rank, with or without prompts.
-
-    Verdicts start as answers finish; on_finish(index, response) is called then, too. Returns the groups ([] on a rank that is not
-    its engine's first, which has no judge to ask) and the seconds spent waiting for verdicts when generation had ended.
-    """
-    owner = [i for i, own in enumerate(requests) for _ in own]
-    verdicts: list[Future | None] = [None] * len(owner)
-
-    def submit(index: int, response: Response) -> None:
-        if engine.is_first:
-            verdicts[index] = judge.submit(response.text, prompts[owner[index]])
-        if on_finish is not None:
-            on_finish(index, response)
-
-    responses = engine.generate([request for own in requests for request in own], submit)
-    if not engine.is_first:
-        return [], 0.0
-    begin = time.perf_counter()
-    groups = [Group(prompt) for prompt in prompts]
-    for i, response, verdict in zip(owner, responses, verdicts, strict=True):
-        response.verdict = verdict.result()
-        groups[i].responses.append(response)
-    return groups, time.perf_counter() - begin
-
-
 class Sampler:
-    """The colocated sampler: this rank's engine, the judge of the answers, and the cursor, whose state is all a checkpoint needs.
+    """This rank's engine, the judge of the answers, and the queue, which a checkpoint holds.
 
     The judge may be None on ranks where `engine.is_first` is false.
     """
 
     def __init__(self, engine: Engine, judge: "Judge | None", cursor: "Cursor", config: Config):
-        self._engine, self._judge, self._cursor = engine, judge, cursor
-        self._seed, self._rollout, self._prompts_per_update = config.seed, config.rollout, config.train.prompts_per_update
-        self._reward = config.reward
-        self._per_draw = config.rollout.prompts_per_draw or config.rollout.prompts_per_step
+        self._engine, self._cursor, self._rollout = engine, cursor, config.rollout
+        self._queue = Queue(cursor, config)
+        self._verdicts = Verdicts(judge, steady=config.rollout.order == "prompt")
+        self._prompts = {}  # by key, of the groups that this engine answers
+        self._running: set[int] = set()  # own answers, as the engine knows them
+        self._freed = self._tokens = 0  # places, since the other ranks were told; tokens sampled in this step
+        self._busy = [0] * engine.count  # running answers of every engine
+        self._waiting, self._pending = [0] * engine.count, [0] * engine.count
 
     def groups(self, step: int) -> Rollout:
-        """Draw until rollout.prompts_per_step groups are mixed, or max_draws is reached; with dynamic_sampling false, draw once and keep
-        every group that has an answer. A collective call.
-
-        Deterministic in (config.seed, step, the cursor) whatever the number of engines.
-        """
-        wanted, draws, waited, dynamic = self._rollout.prompts_per_step, 0, 0.0, self._rollout.dynamic_sampling
-        own: dict[int, Group] = {}
-        summaries: list[GroupSummary] = []
-        usable: list[int] = []
-        asked: Counter = Counter()
-        count = self._per_draw if dynamic else wanted
-        while count and draws < self._rollout.max_draws:
-            groups, made, seconds = self._draw(step, count, len(summaries), asked)
-            own |= groups
-            gathered = self._engine.gather((made, seconds))
-            summaries += sorted((s for part, _ in gathered for s in part), key=lambda s: s.position)
-            usable = [s.position for s in summaries if (s.is_mixed if dynamic else s.rates)]
-            waited, draws = waited + max(seconds for _, seconds in gathered), draws + 1
-            count = self._next_count(wanted - len(usable), len(usable) / len(summaries)) if dynamic else 0
-        kept = usable[: self._number_kept(len(usable))]
-        statistics = _statistics(summaries, set(kept)) | {"surplus_groups": len(usable) - len(kept), "draws": draws}
+        """Sample until rollout.prompts_per_step groups are mixed, or no more prompts may be sent; with dynamic_sampling false, so many
+        prompts are sent and every group that has an answer is kept. A collective call. Raises Stopped where the run is asked to stop."""
+        self._queue.begin(step, self._engine.weight_version)
+        self._verdicts.seconds, self._tokens, skipped, ticks, used = 0.0, 0, self._cursor.skipped, 0, 0
+        while True:
+            if ticks % ASK_EVERY == 0 and self._engine.asked_to_stop():
+                self._give_up()
+            self._send()
+            if self._queue.enough or not (any(self._busy) or any(self._pending)) and self._queue.exhausted:
+                break
+            ticks, used = ticks + 1, used + sum(self._busy)
+            self._advance(ticks)
+        idle = 1 - used / max(ticks * self._engine.count * self._engine.slots, 1)
+        sent, enough = self._queue.started, self._queue.enough
+        taken = self._queue.take()
+        self._pause()
+        rollout = self._rollout_of(taken, enough)
+        rollout.statistics |= {"prompts_sent": sent, "prompts_skipped": self._cursor.skipped - skipped, "idle_share": idle}
         self._engine.sleep()  # on a GPU training needs the memory; sync wakes it
-        return Rollout(
-            [own[position] for position in kept if position in own], statistics, waited, self._warnings(len(kept), len(usable), draws)
-        )
+        return rollout
 
     def sync(self, buckets: Iterator[Bucket], version: int) -> None:
         """New weights for the engine, as Engine.sync takes them."""
         self._engine.sync(buckets, version)
 
-    def _draw(self, step: int, count: int, first: int, asked: Counter) -> tuple[dict[int, Group], list[GroupSummary], float]:
-        """Take `count` prompts and answer this engine's share: {position in the step: group}, their summaries, and seconds waited for
-        verdicts.
+    # ---- for checkpoints
 
-        `asked` numbers the samples: a prompt that comes again within the step (a small data set) gets new answers, not the same.
-        """
-        prompts, numbers = self._cursor.take(count), []
-        for prompt in prompts:
-            numbers.append(asked[prompt.source, prompt.id])
-            asked[prompt.source, prompt.id] += self._rollout.n
-        share = range(self._engine.index, count, self._engine.count)
-        requests = [self._requests(step, prompts[i], numbers[i]) for i in share]
-        groups, seconds = answer(self._engine, self._judge, [prompts[i] for i in share], requests)
-        summaries = []
-        for i, group in zip(share, groups, strict=False):
-            group.position, sampled = first + i, group.responses
-            settle(group, self._reward, self._rollout.max_tokens)
-            summaries.append(summarise(group.position, group, sampled))
-        return {group.position: group for group in groups}, summaries, seconds
+    def state_dict(self) -> dict:
+        """What a checkpoint keeps besides the cursor: plain values, fit for JSON."""
+        return self._queue.state_dict()
 
-    def _requests(self, step: int, prompt: Prompt, first: int) -> list[Request]:
-        """The n requests of a prompt, each with a seed of its own."""
-        rollout = self._rollout
-        return [
-            Request(prompt.token_ids, rollout.temperature, rollout.top_p, rollout.max_tokens,
-                    seed_of(self._seed, step, prompt.source, prompt.id, sample))
-            for sample in range(first, first + rollout.n)
-        ]  # fmt: skip
+    def carried(self) -> list[Group]:
+        """This engine's groups that go on in the next step, as they are now, unfinished answers among them; none where not is_first."""
+        mine = [group for group in self._queue.carried() if group.holder == self._engine.index and self._engine.is_first]
+        return [Group(group.prompt, group.responses, group.key) for group in mine]
 
-    def _next_count(self, missing: int, mixed_share: float) -> int:
-        """How many prompts to draw next; 0 when nothing is missing."""
-        return min(math.ceil(MARGIN * max(missing, 0) / max(mixed_share, LEAST_SHARE)), self._per_draw)
-
-    def _number_kept(self, mixed: int) -> int:
-        """Whole mini-batches where there is one at least: an update on a fraction of a mini-batch would be another step size."""
-        kept = min(mixed, self._rollout.prompts_per_step)
-        return kept - kept % self._prompts_per_update if kept >= self._prompts_per_update else kept
-
-    def _warnings(self, kept: int, usable: int, draws: int) -> list[str]:
-        if kept == self._rollout.prompts_per_step:
+    def write_carried(self, directory: Path, groups: list[Group]) -> list[Path]:
+        """Write what `carried` gave into a checkpoint; the files."""
+        if not groups:
             return []
+        path = directory / f"carried_{self._engine.index}.parquet"
+        write_rollouts(path, 0, groups)
+        return [path]
+
+    def load(self, state: dict, directory: Path) -> None:
+        """Go on where the checkpoint in `directory` was taken, with any number of engines. A collective call."""
+        files = sorted(directory.glob("carried_*.parquet"), key=lambda path: int(path.stem.rpartition("_")[2]))
+        own = [group for path in files[self._engine.index :: self._engine.count] for group in read_rollouts(path)]
+        told = [(group.position, group.prompt.id, [_mark(response) for response in group.responses]) for group in own]
+        groups = [
+            (key, name, holder, [_stub(*mark) for mark in marks])
+            for holder, some in enumerate(self._engine.gather(told)) for key, name, marks in some if holder != self._engine.index
+        ]  # fmt: skip
+        groups += [(group.position, group.prompt.id, self._engine.index, group.responses) for group in own]
+        self._queue.load(state, groups)
+        self._prompts = {group.position: group.prompt for group in own}
+
+    # ---- inside a step
+
+    def _send(self) -> None:
+        """Hand out groups to the engines with most room, as long as one has room for a group and the queue has one for it."""
+        n, full = self._rollout.n, set()
+        while True:
+            room = [0 if self._waiting[e] or e in full else self._engine.slots - busy for e, busy in enumerate(self._busy)]
+            engine = max(range(len(room)), key=lambda e: room[e])
+            if room[engine] < n:
+                return
+            ticket = self._queue.next(engine)
+            if ticket is None:
+                full.add(engine)
+                continue
+            self._busy[engine] += len(ticket.requests)
+            if engine == self._engine.index:
+                self._prompts[ticket.key] = ticket.prompt
+                for sample, request in ticket.requests:
+                    self._running.add(ticket.key * n + sample)
+                    self._engine.add(ticket.key * n + sample, request)
+
+    def _advance(self, tick: int) -> None:
+        """One step of the schedulers, and what all ranks learn of it."""
+        n, stepped = self._rollout.n, self._engine.step()
+        for number, response in stepped or ():
+            self._running.discard(number)
+            self._freed, self._tokens = self._freed + 1, self._tokens + len(response.token_ids)
+            key, sample = divmod(number, n)
+            before = self._queue.so_far(key, sample)
+            if before is not None:
+                response = before.followed_by(response, self._engine.decode(before.token_ids + response.token_ids))
+            if self._engine.is_first:
+                self._verdicts.ask(tick, key, sample, self._prompts[key], response)
+        judged = self._verdicts.ready(tick, EVENTS, idle=stepped is None)
+        own = {(key, sample): response for key, sample, response in judged}
+        for key, sample, response in self._everyones(judged):
+            self._queue.judged(key, sample, own.get((key, sample), response))
+        hopeless = set(self._queue.hopeless())
+        self._withdraw([number for number in self._running if number // n in hopeless])
+
+    def _everyones(self, judged: list[tuple[int, int, Response]]) -> list[tuple[int, int, Response]]:
+        """The verdicts of all engines, in their order, with stubs of the answers; notes how much room the engines have."""
+        table = torch.zeros(self._engine.count, _FIRST + EVENTS * _EVENT, dtype=torch.float64)
+        if self._engine.is_first:
+            row = [self._freed, self._engine.waiting, len(self._verdicts), len(judged)]
+            for key, sample, response in judged:
+                row += [key, sample, response.verdict.score, response.finish_reason == "length"]
+            table[self._engine.index, : len(row)] = torch.tensor(row, dtype=torch.float64)
+        self._freed, found = 0, []
+        for engine, row in enumerate(self._engine.added(table).tolist()):
+            self._busy[engine] -= int(row[_FREED])
+            self._waiting[engine], self._pending[engine] = int(row[_WAITING]), int(row[_PENDING])
+            for number in range(int(row[_COUNT])):
+                key, sample, score, truncated = row[_FIRST + number * _EVENT :][:_EVENT]
+                found.append((int(key), int(sample), _stub(score, "length" if truncated else "stop", 0)))
+        return found
+
+    def _withdraw(self, numbers: list[int]) -> dict[int, Response]:
+        """Give up running answers of this engine; what there is of them."""
+        found = self._engine.withdraw(numbers)
+        self._running -= set(numbers)
+        self._freed += len(numbers)
+        self._tokens += sum(len(response.token_ids) for response in found.values())
+        return found
+
+    def _pause(self) -> None:
+        """End what still runs: waited for verdicts count, and unfinished answers go on in the next step or are given up."""
+        n = self._rollout.n
+        partial: dict[int, dict[int, Response]] = {}
+        for number, response in self._withdraw(sorted(self._running)).items():
+            key, sample = divmod(number, n)
+            before = self._queue.so_far(key, sample)
+            partial.setdefault(key, {})[sample] = response if before is None else before.followed_by(response, "")
+        begun = {key: all(response.token_ids for response in some.values()) for key, some in partial.items()}
+        if not self._rollout.max_staleness:  # nothing is carried: nobody waits for verdicts
+            self._verdicts.forget()
+        late = self._verdicts.rest()
+        told = [(key, sample, response.verdict.score, response.finish_reason) for key, sample, response in late]
+        own = {(key, sample): response for key, sample, response in late}
+        for known, verdicts in self._engine.gather((begun, told)):
+            begun |= known
+            for key, sample, score, reason in verdicts:
+                self._queue.judged(key, sample, own.get((key, sample), _stub(score, reason, 0)))
+        for group in self._queue.running():
+            self._queue.pause(group.key, begun.get(group.key, False), partial.get(group.key, {}))
+        self._busy, self._pending = [0] * self._engine.count, [0] * self._engine.count
+        self._freed = 0
+        kept = {group.key for group in self._queue.carried()}
+        self._prompts = {key: prompt for key, prompt in self._prompts.items() if key in kept}
+
+    def _give_up(self) -> None:
+        """The run stops: the step has never been. The queue is not used again."""
+        self._withdraw(sorted(self._running))
+        raise Stopped("stopped on request while answers were sampled")
+
+    def _rollout_of(self, taken: Taken, enough: bool) -> Rollout:
+        first, mine = self._engine.is_first, self._engine.index
+        version = self._engine.weight_version
+        own = [summarise(g.group(), g.responses, version) for g in taken.decided if first and g.holder == mine]
+        gathered = self._engine.gather((own, self._tokens, self._verdicts.seconds))
+        summaries = sorted((summary for some, _, _ in gathered for summary in some), key=lambda summary: summary.position)
+        numbers = statistics(summaries, {group.key for group in taken.kept}) | {
+            "surplus_groups": len(taken.surplus),
+            "hopeless_groups": len(taken.hopeless),
+            "stale_groups": len(taken.stale),
+            "carried_groups": len(self._queue.carried()),
+            "sampled_tokens": sum(tokens for _, tokens, _ in gathered),
+        }
+        groups = [group.group() for group in taken.kept if first and group.holder == mine]
+        waited = max(seconds for _, _, seconds in gathered)
+        return Rollout(groups, numbers, waited, [] if enough else [self._warning(taken)])
+
+    def _warning(self, taken: Taken) -> str:
+        kept, usable, wanted = len(taken.kept), len(taken.kept) + len(taken.surplus), self._rollout.prompts_per_step
         then = f"training on {kept}, whole mini-batches" if kept else "no update in this step"
         if not self._rollout.dynamic_sampling:
-            return [f"only {usable} of {self._rollout.prompts_per_step} groups have an answer that was not cut off: {then}"]
-        return [f"only {usable} of {self._rollout.prompts_per_step} groups are mixed after {draws} draws: {then} "
-                "(easier or harder prompts, more answers a prompt or a higher rollout.max_draws would give more)"]  # fmt: skip
+            return f"only {usable} of {wanted} groups have an answer that was not cut off: {then}"
+        return (f"only {usable} of {wanted} groups are mixed after {self._queue.started} prompts: {then} "
+                "(easier or harder prompts, more answers a prompt or a higher rollout.max_prompts_per_step would give more)")  # fmt: skip
 
 
-def _statistics(summaries: list[GroupSummary], kept: set[int]) -> dict[str, float]:
-    """Numbers of one step over all sampled groups, kept or not. Rates and lengths leave dropped answers out."""
-    answered = [s for s in summaries if s.rates]
-    rates = [s.correct_rate for s in answered]
-    kept_rates = [s.correct_rate for s in answered if s.position in kept]
-    lengths = [length for s in answered for length in s.lengths]
-    outcomes = sum((s.outcomes for s in summaries), Counter())
-    return {
-        "correct_rate": sum(rates) / max(len(rates), 1),
-        "kept_correct_rate": sum(kept_rates) / max(len(kept_rates), 1),
-        "mixed_share": sum(s.is_mixed for s in summaries) / len(summaries),
-        "all_right_share": sum(rate == 1.0 for rate in rates) / len(summaries),
-        "all_wrong_share": sum(rate == 0.0 for rate in rates) / len(summaries),
-        "prompts_sent": len(summaries),
-        "groups_kept": len(kept),
-        "response_length": sum(lengths) / max(len(lengths), 1),
-        "truncated_share": sum(s.truncated for s in summaries) / sum(s.sampled for s in summaries),
-        "sampled_tokens": sum(s.sampled_tokens for s in summaries),
-        **{f"outcome/{name}": outcomes[name] for name in OUTCOMES},
-    }
+def _mark(response: Response) -> tuple[float | None, str, int]:
+    return None if response.verdict is None else response.verdict.score, response.finish_reason, response.weight_version
+
+
+def _stub(score: float | None, finish_reason: str, weight_version: int) -> Response:
+    """What stands for an answer of another engine: the queue asks no more of it."""
+    verdict = None if score is None else Verdict(score, "")
+    return Response([], [], finish_reason, weight_version, "", verdict=verdict)

@@ -27,7 +27,7 @@ SETTINGS = [
     "logging.wandb=offline",
 ]
 
-SMALL = [*SETTINGS, "train.steps=5", "rollout.prompts_per_step=8", "rollout.prompts_per_draw=16", "train.prompts_per_update=4",
+SMALL = [*SETTINGS, "train.steps=5", "rollout.prompts_per_step=8", "train.prompts_per_update=4",
          "evaluation.interval=2", "evaluation.sets.0.limit=16", "rollout.cpu_kvcache_space=1", "logging.wandb=disabled"]  # fmt: skip
 
 

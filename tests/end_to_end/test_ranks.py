@@ -15,7 +15,6 @@ from tests.support import ROOT
 SETTINGS = [
     "train.steps=1",
     "rollout.prompts_per_step=8",
-    "rollout.prompts_per_draw=12",
     "train.prompts_per_update=4",
     "train.tokens_per_micro_batch=2048",
     "evaluation.sets.0.limit=12",

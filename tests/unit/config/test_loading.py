@@ -47,8 +47,8 @@ def test_overrides_win_over_the_file_and_the_last_over_the_first(write):
     "override, expected",
     [
         ("seed=7", 7), ("resume=false", False), ("optimizer.lr=1", 1.0), ("optimizer.lr=1e-6", 1e-6), ("model.path=12", "12"),
-        ("data.system=null", None), ("data.system=be brief", "be brief"), ("rollout.prompts_per_draw=null", None),
-        ("rollout.prompts_per_draw=3", 3), ("run_dir=${model.path}", "models/m"),
+        ("data.system=null", None), ("data.system=be brief", "be brief"), ("rollout.max_prompts_per_step=null", None),
+        ("rollout.max_prompts_per_step=99", 99), ("run_dir=${model.path}", "models/m"),
     ],
 )  # fmt: skip
 def test_overrides_are_read_by_the_type_of_their_setting(write, override, expected):
@@ -73,7 +73,7 @@ def test_data_sets_by_file_and_by_override(write):
         ("rollout: {temprature: 1.0}", [], "rollout.temprature", "rollout.temperature"),
         ("rolout: {n: 2}", [], "rolout", "rollout.n"),
         ("", ["rollout.max_token=3"], "rollout.max_token", "rollout.max_tokens"),
-        ("", ["max_draws=3"], "max_draws", "rollout.max_draws"),
+        ("", ["max_prompts_step=3"], "max_prompts_step", "rollout.max_prompts_per_step"),
         ("", ["parallel.tensor_model_parallel=2"], "parallel.tensor_model_parallel", "parallel.tensor_model_parallel_size"),
     ],
 )

@@ -54,7 +54,7 @@ def test_the_authors_settings_in_full(file):
     assert (optimizer.adam_beta1, optimizer.adam_beta2, optimizer.weight_decay, optimizer.clip_grad) == (0.9, 0.999, 0.1, 1.0)
     assert optimizer.lr_warmup_iters == 160 and config.train.steps == 320
     assert (config.evaluation.k, config.evaluation.temperature, config.evaluation.top_p) == (32, 0.6, 0.7)
-    assert (config.rollout.temperature, config.rollout.top_p, config.rollout.prompts_per_draw) == (1.0, 1.0, 1536)
+    assert (config.rollout.temperature, config.rollout.top_p, config.rollout.order) == (1.0, 1.0, "prompt")
 
 
 @pytest.mark.parametrize("where", ["file", "command line"])

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_nft.config import RewardConfig
-from megatron_nft.rewards.length import overlong_penalty, settle
+from megatron_nft.rewards.length import is_dropped, overlong_penalty, settle
 from megatron_nft.trajectories import Group, Prompt, Response, Verdict
 
 
@@ -22,7 +22,8 @@ def group() -> Group:
 
 def settled(**settings) -> Group:
     made = group()
-    settle(made, RewardConfig(**settings), max_tokens=4)
+    for response in made.responses:
+        settle(response, RewardConfig(**settings), max_tokens=4)
     return made
 
 
@@ -40,6 +41,7 @@ def test_mask_counts_in_the_rate_and_trains_nothing():
 
 def test_drop_is_as_if_never_sampled():
     made = settled(truncated="drop")
+    made.responses = [response for response in made.responses if not is_dropped(response)]
     assert made.correct_rate == 0.5 and len(made.responses) == 2 and made.is_mixed
 
 

@@ -10,7 +10,8 @@ from megatron_nft.config import Config
 from megatron_nft.prompts import Cursor, PromptSet
 from megatron_nft.rewards import Judge
 from megatron_nft.rollout import Request, Rollout, Sampler
-from megatron_nft.rollout.sampler import answer, seed_of
+from megatron_nft.rollout.queue import seed_of
+from megatron_nft.rollout.verdicts import answer
 from megatron_nft.trajectories import Group, Verdict
 from tests.support import one_bucket
 from tests.unit.rollout.fakes import CHANCE, MIXED, RIGHT, WRONG, FakeEngine, fake_prompt, on_ranks
@@ -34,7 +35,7 @@ def settings(wanted: int, per_update: int = 1, **rollout) -> Config:
 
 def sampler(judge, kinds: list[int], config: Config, engine: FakeEngine | None = None, shuffle: bool = False) -> Sampler:
     prompts = PromptSet([fake_prompt(kind, i) for i, kind in enumerate(kinds)])
-    return Sampler(engine or FakeEngine(N), judge, Cursor(prompts, config.seed, shuffle), config)
+    return Sampler(engine or FakeEngine(N), judge, Cursor(prompts, config.seed, shuffle, config.data.most_skipped), config)
 
 
 def positions(rollout: Rollout) -> list[int]:
@@ -49,68 +50,64 @@ def content(groups: list[Group]) -> list[tuple]:
     ]
 
 
-def test_enough_in_the_first_draw_ends_it(judge):
-    found = sampler(judge, [MIXED] * 3, settings(3)).groups(1)
-    assert positions(found) == [0, 1, 2] and found.warnings == []
-    assert found.statistics["draws"] == 1 and found.statistics["prompts_sent"] == 3
-
-
-def test_draws_until_enough_groups_are_mixed(judge):
+def test_sends_until_enough_groups_are_mixed(judge):
     found = sampler(judge, [MIXED, RIGHT, WRONG, MIXED, WRONG, MIXED, MIXED, RIGHT], settings(4)).groups(1)
-    assert positions(found) == [0, 3, 5, 6] and all(group.is_mixed for group in found.groups)
-    assert found.statistics["draws"] == 2 and found.statistics["prompts_sent"] == 8 and found.warnings == []
+    assert positions(found) == [0, 3, 5, 6] and all(group.is_mixed for group in found.groups) and found.warnings == []
 
 
-def test_a_further_draw_asks_for_what_is_missing_and_a_tenth(judge):
-    """6 prompts, half mixed: 1 of 4 is missing, so ceil(1.1 x 1 / 0.5) = 3 more are drawn; the surplus is counted, not trained."""
-    found = sampler(judge, [MIXED, RIGHT] * 8, settings(4, prompts_per_draw=6)).groups(1)
-    assert positions(found) == [0, 2, 4, 6]
-    assert found.statistics["prompts_sent"] == 9 and found.statistics["surplus_groups"] == 1
+def test_what_was_sent_beyond_comes_again_in_the_next_step(judge):
+    """Prompts are sent in advance of what is known; the ones after the last that was needed are not lost."""
+    own = sampler(judge, [MIXED] * 12, settings(3))
+    first, second = own.groups(1), own.groups(2)
+    assert positions(first) == [0, 1, 2] and first.statistics["prompts_sent"] > 3
+    assert [group.prompt.id for group in second.groups] == ["set/3", "set/4", "set/5"]
 
 
-def test_no_draw_is_larger_than_prompts_per_draw(judge):
-    """One of 3 prompts is mixed: ceil(1.1 x 2 / (1/3)) = 7 would be asked for, 3 are; likewise where none is mixed."""
-    found = sampler(judge, [WRONG, WRONG, MIXED, WRONG, WRONG, WRONG, WRONG, MIXED, MIXED], settings(3, prompts_per_draw=3)).groups(1)
-    assert positions(found) == [2, 7, 8] and found.statistics["draws"] == 3
+def test_as_many_prompts_are_sent_as_the_share_of_mixed_groups_asks_for(judge):
+    """3.3 of a third: 10; when the first step has found all to be mixed, fewer: 1 + 10 / 2 of 3 + 10 / 2 ... of 3.3."""
+    own = sampler(judge, [MIXED] * 60, settings(3))
+    sent = [own.groups(step).statistics["prompts_sent"] for step in range(1, 5)]
+    assert sent[0] == 10 and sent[-1] == 4 and sent == sorted(sent, reverse=True)
 
 
-def test_max_draws_bounds_a_hopeless_step(judge):
-    found = sampler(judge, [RIGHT, WRONG], settings(2, max_draws=3)).groups(1)
-    assert found.groups == [] and found.statistics["draws"] == 3 and found.statistics["prompts_sent"] == 6
+def test_max_prompts_per_step_bounds_a_hopeless_step(judge):
+    found = sampler(judge, [RIGHT, WRONG], settings(2, max_prompts_per_step=6)).groups(1)
+    assert found.groups == [] and found.statistics["prompts_sent"] == found.statistics["groups_decided"] == 6
     assert found.statistics["mixed_share"] == found.statistics["kept_correct_rate"] == 0.0
-    assert len(found.warnings) == 1 and "only 0 of 2 groups are mixed after 3 draws" in found.warnings[0]
+    assert len(found.warnings) == 1 and "only 0 of 2 groups are mixed after 6 prompts" in found.warnings[0]
 
 
 @pytest.mark.parametrize("mixed, kept", [(5, 4), (4, 4), (3, 2), (2, 2), (1, 1)])
 def test_keeps_whole_mini_batches_where_there_is_one(judge, mixed, kept):
-    found = sampler(judge, [MIXED] * mixed + [RIGHT] * (6 - mixed), settings(6, per_update=2, max_draws=1)).groups(1)
+    found = sampler(judge, [MIXED] * mixed + [RIGHT] * (6 - mixed), settings(6, per_update=2, max_prompts_per_step=6)).groups(1)
     assert positions(found) == list(range(kept))
     assert found.statistics["groups_kept"] == kept and found.statistics["surplus_groups"] == mixed - kept
     assert f"only {mixed} of 6" in found.warnings[0] and f"training on {kept}" in found.warnings[0]
 
 
-def test_statistics_count_every_sampled_group(judge):
+def test_statistics_count_every_decided_group(judge):
     """Two mixed (r̂ 1/2, 3 tokens), one right (2 tokens), one wrong (5 tokens, cut off): 16 answers, 52 tokens."""
-    statistics = sampler(judge, [MIXED, RIGHT, WRONG, MIXED], settings(4, max_draws=1)).groups(1).statistics
+    statistics = sampler(judge, [MIXED, RIGHT, WRONG, MIXED], settings(4, max_prompts_per_step=4)).groups(1).statistics
     assert statistics == {
         "correct_rate": 0.5, "kept_correct_rate": 0.5, "mixed_share": 0.5, "all_right_share": 0.25, "all_wrong_share": 0.25,
-        "prompts_sent": 4, "groups_kept": 2, "surplus_groups": 0, "response_length": 52 / 16, "truncated_share": 0.25,
-        "sampled_tokens": 52, "draws": 1,
+        "prompts_sent": 4, "prompts_skipped": 0, "groups_decided": 4, "groups_kept": 2, "surplus_groups": 0, "hopeless_groups": 0,
+        "stale_groups": 0, "carried_groups": 0, "response_length": 52 / 16, "kept_response_length": 3, "truncated_share": 0.25,
+        "sampled_tokens": 52, "staleness": 0, "staleness_max": 0, "idle_share": 1 - 52 / (6 * 1000),
         "outcome/right": 8, "outcome/wrong": 8, "outcome/no_answer": 0, "outcome/timed_out": 0, "outcome/crashed": 0,
     }  # fmt: skip
 
 
 def test_without_dynamic_sampling_one_draw_is_all(judge):
     """Every group is kept, mixed or not; as many prompts are sent as are trained on."""
-    config = settings(4, dynamic_sampling=False, prompts_per_draw=9)
+    config = settings(4, dynamic_sampling=False)
     found = sampler(judge, [MIXED, RIGHT, WRONG, RIGHT, MIXED], config).groups(1)
     assert positions(found) == [0, 1, 2, 3] and found.warnings == []
-    assert found.statistics["prompts_sent"] == 4 and found.statistics["draws"] == 1 and found.statistics["mixed_share"] == 0.25
+    assert found.statistics["prompts_sent"] == 4 and found.statistics["mixed_share"] == 0.25
 
 
 def test_dropped_answers_leave_rates_and_lengths_and_are_counted_as_sampled(judge):
     """WRONG answers are cut off at 5 tokens. Dropped: no group, no length; 16 sampled answers, 52 tokens, a quarter cut off."""
-    config = settings(4, max_draws=1)
+    config = settings(4, max_prompts_per_step=4)
     config.reward.truncated = "drop"
     found = sampler(judge, [MIXED, RIGHT, WRONG, MIXED], config).groups(1)
     expected = {"correct_rate": 2 / 3, "all_wrong_share": 0, "response_length": 32 / 12, "truncated_share": 0.25, "sampled_tokens": 52,
@@ -138,7 +135,7 @@ def test_penalties_follow_the_settings(judge):
 
 
 def test_kept_correct_rate_is_of_the_kept_groups_alone(judge):
-    found = sampler(judge, [MIXED, RIGHT, RIGHT, RIGHT], settings(4, max_draws=1)).groups(1)
+    found = sampler(judge, [MIXED, RIGHT, RIGHT, RIGHT], settings(4, max_prompts_per_step=4)).groups(1)
     assert found.statistics["correct_rate"] == 0.875 and found.statistics["kept_correct_rate"] == 0.5
 
 
@@ -146,12 +143,12 @@ def test_requests_carry_the_settings(judge):
     engine, config = FakeEngine(N), settings(1, temperature=0.7, top_p=0.9, max_tokens=33)
     sampler(judge, [MIXED], config, engine).groups(2)
     expected = [Request((MIXED, 10), 0.7, 0.9, 33, seed_of(config.seed, 2, "set", "set/0", k)) for k in range(N)]
-    assert engine.requests == expected and engine.slept == 1
+    assert engine.requests[:N] == expected and engine.slept == 1
 
 
 def seeds(judge, kinds: list[int], step: int, seed: int = 1, shuffle: bool = False, **rollout) -> dict[int, list[int]]:
     """The seeds that each prompt, known by its second token, was sampled with."""
-    engine, config = FakeEngine(N), settings(len(kinds), max_draws=1, **rollout)
+    engine, config = FakeEngine(N), settings(len(kinds), max_prompts_per_step=len(kinds), **rollout)
     config.seed = seed
     sampler(judge, kinds, config, engine, shuffle).groups(step)
     found: dict[int, list[int]] = {}
@@ -164,8 +161,8 @@ def test_seeds_depend_on_run_seed_step_prompt_and_sample_alone(judge):
     found = seeds(judge, [MIXED] * 5, step=3)
     flat = [seed for own in found.values() for seed in own]
     assert len(set(flat)) == 5 * N and all(0 <= seed < 2**63 for seed in flat)
-    assert seeds(judge, [MIXED] * 5, 3, shuffle=True) == found  # neither on the place in the draw
-    assert seeds(judge, [MIXED] * 5, 3, prompts_per_draw=5, temperature=0.5) == found  # nor on other settings
+    assert seeds(judge, [MIXED] * 5, 3, shuffle=True) == found  # neither on the place in the step
+    assert seeds(judge, [MIXED] * 5, 3, order="started", temperature=0.5) == found  # nor on other settings
     assert seeds(judge, [RIGHT] * 9, 3)[11] == found[11]  # nor on the other prompts
     for other in (seeds(judge, [MIXED] * 5, 4), seeds(judge, [MIXED] * 5, 3, seed=2)):
         assert not set(flat) & {seed for own in other.values() for seed in own}
@@ -175,7 +172,7 @@ def test_a_prompt_that_comes_twice_in_a_step_gets_new_answers(judge):
     engine = FakeEngine(N)
     found = sampler(judge, [MIXED], settings(3), engine).groups(1)
     assert positions(found) == [0, 1, 2] and {group.prompt.id for group in found.groups} == {"set/0"}
-    assert [request.seed for request in engine.requests] == [seed_of(1, 1, "set", "set/0", k) for k in range(3 * N)]
+    assert [request.seed for request in engine.requests[: 3 * N]] == [seed_of(1, 1, "set", "set/0", k) for k in range(3 * N)]
 
 
 def test_equal_runs_are_equal_and_steps_differ(judge):
@@ -186,26 +183,36 @@ def test_equal_runs_are_equal_and_steps_differ(judge):
     assert content(runs[0][0].groups) != content(runs[0][1].groups)
 
 
-@pytest.mark.parametrize("ranks, tp", [(2, 1), (3, 1), (2, 2), (4, 2)])
-def test_the_number_of_engines_changes_nothing(judge, ranks, tp):
+LAYOUT = {"prompts_sent", "idle_share", "sampled_tokens"}  # of what was sent in vain, too, and that depends on the engines
+
+
+@pytest.mark.parametrize("ranks, tp, slots", [(2, 1, 1000), (3, 1, 8), (4, 1, 4), (2, 2, 12), (4, 2, 1000)])
+def test_the_number_of_engines_changes_nothing(judge, ranks, tp, slots):
     """The groups of all ranks together are those of one engine, each on one rank; every rank has the same numbers and warnings."""
-    kinds, config = [CHANCE, RIGHT, CHANCE, WRONG, CHANCE, WRONG, RIGHT], settings(5, per_update=2, max_draws=3, prompts_per_draw=5)
-    alone = sampler(judge, kinds, config, shuffle=True)
-    single = [alone.groups(step) for step in (1, 2)]
-    assert any(rollout.statistics["draws"] > 1 for rollout in single)
+    kinds, config = [CHANCE, RIGHT, CHANCE, WRONG, CHANCE, WRONG, RIGHT], settings(5, per_update=2, max_prompts_per_step=20)
+    config.data.most_skipped = 0.9
+    alone = sampler(judge, kinds, config, FakeEngine(N, length=some_length), shuffle=True)
+    single = [alone.groups(step) for step in (1, 2, 3)]
+    assert any(rollout.statistics["prompts_skipped"] for rollout in single)
 
     def run(engine: FakeEngine) -> list[Rollout]:
         own = sampler(judge if engine.is_first else None, kinds, config, engine, shuffle=True)
-        return [own.groups(step) for step in (1, 2)]
+        return [own.groups(step) for step in (1, 2, 3)]
 
-    everyone = on_ranks(ranks, N, run, tp)
+    everyone = on_ranks(ranks, N, run, tp, slots=slots, length=some_length)
     for step, expected in enumerate(single):
         parts = [rank[step] for rank in everyone]
         assert content([g for part in parts for g in part.groups]) == content(expected.groups)
-        assert all(part.statistics == expected.statistics and part.warnings == expected.warnings for part in parts)
+        for part in parts:
+            assert part.statistics == parts[0].statistics and part.warnings == expected.warnings
+            assert {name for name, value in part.statistics.items() if value != expected.statistics[name]} <= LAYOUT
         assert len({part.reward_seconds for part in parts}) == 1
         assert all(part.groups == [] for rank, part in enumerate(parts) if rank % tp)
         assert all(positions(part) == sorted(positions(part)) for part in parts)
+
+
+def some_length(prompt: tuple[int, ...], sample: int) -> int:
+    return 1 + (7 * prompt[1] + 3 * sample) % 4
 
 
 def test_an_engine_without_prompts_takes_part(judge):
@@ -234,9 +241,9 @@ def test_answer_keeps_order_and_reports_each_answer(judge):
     """Prompts with unequal numbers of requests; answers finish last to first."""
     prompts, finished = [fake_prompt(RIGHT, 0), fake_prompt(WRONG, 1), fake_prompt(RIGHT, 2)], []
     requests = [[Request(p.token_ids, 1.0, 1.0, 8, seed) for seed in range(k)] for p, k in zip(prompts, (2, 0, 1))]
-    groups, seconds = answer(FakeEngine(N), judge, prompts, requests, lambda index, response: finished.append((index, response.text)))
+    groups = answer(FakeEngine(N), judge, prompts, requests, lambda index, response: finished.append((index, response.text)))
     assert [(g.prompt, len(g.responses)) for g in groups] == list(zip(prompts, (2, 0, 1)))
-    assert [r.verdict.score for g in groups for r in g.responses] == [1.0, 1.0, 1.0] and seconds >= 0
+    assert [r.verdict.score for g in groups for r in g.responses] == [1.0, 1.0, 1.0]
     assert finished == [(index, "\\boxed{1}") for index in (2, 1, 0)]
 
 

@@ -1,0 +1,94 @@
+"""Verdicts are asked for the moment an answer is finished, while others still run."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from megatron_nft.rollout.engine import Engine
+from megatron_nft.rollout.settings import Request
+from megatron_nft.trajectories import Group, Prompt, Response
+
+if TYPE_CHECKING:
+    from megatron_nft.rewards.judge import Judge
+
+LAG = 16  # scheduler steps, with `steady`
+
+
+class Verdicts:
+    """Answers that wait for their verdicts, in the order in which they were finished.
+
+    steady: a verdict counts from a fixed number of scheduler steps after it was asked for, however long it really took, so that what is
+    sent and when does not depend on the speed of the judge. `seconds`: waited for verdicts so far.
+    """
+
+    def __init__(self, judge: "Judge", steady: bool):
+        self._judge, self._lag = judge, LAG if steady else None
+        self._pending: list[tuple[int, int, int, Response, Future]] = []
+        self.seconds = 0.0
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def ask(self, tick: int, key: int, sample: int, prompt: Prompt, response: Response) -> None:
+        """tick: the scheduler step."""
+        self._pending.append((tick, key, sample, response, self._judge.submit(response.text, prompt)))
+
+    def ready(self, tick: int, at_most: int, idle: bool) -> list[tuple[int, int, Response]]:
+        """(key, sample, response with its verdict) of no more than so many. idle: there is nothing to do but to wait, for one at least."""
+        if self._lag is None:
+            chosen = [entry for entry in self._pending if entry[4].done()] or (self._pending[:1] if idle else [])
+        else:
+            chosen = self._pending if idle else [entry for entry in self._pending if entry[0] <= tick - self._lag]
+        chosen = chosen[:at_most]
+        taken = {id(entry) for entry in chosen}
+        self._pending = [entry for entry in self._pending if id(entry) not in taken]
+        return [(key, sample, self._judged(response, verdict)) for _, key, sample, response, verdict in chosen]
+
+    def rest(self) -> list[tuple[int, int, Response]]:
+        """All that is left, waited for."""
+        found = []
+        while self._pending:
+            found += self.ready(0, len(self._pending), idle=True)
+        return found
+
+    def forget(self) -> None:
+        """Nobody wants those that are left."""
+        self._pending.clear()
+
+    def _judged(self, response: Response, verdict: Future) -> Response:
+        begin = time.perf_counter()
+        response.verdict = verdict.result()
+        self.seconds += time.perf_counter() - begin
+        return response
+
+
+def answer(
+    engine: Engine,
+    judge: "Judge | None",
+    prompts: list[Prompt],
+    requests: list[list[Request]],
+    on_finish: Callable[[int, Response], None] | None = None,
+) -> list[Group]:
+    """Sample and judge this engine's prompts; requests[i] are those of prompts[i]. Called by every rank, with or without prompts.
+
+    Verdicts start as answers finish; on_finish(index, response) is called then, too. Returns the groups ([] on a rank that is not
+    its engine's first, which has no judge to ask).
+    """
+    owner = [i for i, own in enumerate(requests) for _ in own]
+    verdicts: list[Future | None] = [None] * len(owner)
+
+    def submit(index: int, response: Response) -> None:
+        if engine.is_first:
+            verdicts[index] = judge.submit(response.text, prompts[owner[index]])
+        if on_finish is not None:
+            on_finish(index, response)
+
+    responses = engine.generate([request for own in requests for request in own], submit)
+    if not engine.is_first:
+        return []
+    groups = [Group(prompt) for prompt in prompts]
+    for i, response, verdict in zip(owner, responses, verdicts, strict=True):
+        response.verdict = verdict.result()
+        groups[i].responses.append(response)
+    return groups
