@@ -118,12 +118,12 @@ class Run:
         self.saves = saves.Saves(self.policy, config, self.log, self.topology.is_first)
         self.policy.offload()  # the engine measures the memory that is free
         precision = policy.precision_of(config.model.precision)
-        window, asked = max_model_len(config), stop.agreed
-        self.engine = rollout.Engine(config.model.path, config.rollout, window, precision, config.seed, asked, weights_follow=True)
+        parts = (precision, self.judge, self.cursor, stop.agreed, self.policy.hand_over, self.log.note)
+        self.engine, self.sampler = rollout.start(config, *parts)
         self._open.callback(self.engine.close)
+        self._open.callback(self.sampler.close)
         if self.engine.rounds_head:
             self.log.note("this vLLM rounds its logits to 16 bits (it has no head_dtype), the trainer does not: watch logprob_difference")
-        self.sampler = rollout.Sampler(self.engine, self.judge, self.cursor, config)
         if loaded:
             self.sampler.load(self.state["sampler"], loaded)
             self.carried = self.sampler.carried()

@@ -56,6 +56,7 @@ class Fleet:
         self._inboxes: list[Inbox] = [self.inbox]
         self._refused: Refused | None = None
         self._last: tuple[Inbox, int, Member] | None = None  # the last answer that was sent
+        self._updated: list[Member] = []  # servers that take part in the update under way
         self._scored, self._asked = 0, time.monotonic()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
@@ -91,6 +92,13 @@ class Fleet:
         inbox = Inbox()
         self._inboxes.append(inbox)
         return inbox
+
+    def close_inbox(self, inbox: Inbox) -> None:
+        """Give up what runs for it."""
+        with self._lock:
+            self._inboxes.remove(inbox)
+            keys = {key for member in self._members.values() for owner, key, _ in member.answers if owner is inbox}
+        self.abort(keys, inbox)
 
     def send(self, key: int, sample: int, request: Request, inbox: Inbox | None = None) -> None:
         """Have an answer written. What is sent in a row under one key goes to one server, that with the most free slots."""
@@ -129,6 +137,15 @@ class Fleet:
             given_up = [member.answers.pop(at) for member in self._members.values() for at in list(member.answers) if at[:2] in mine]
         self._cancel(given_up)
 
+    def running(self) -> int:
+        """Answers that are being written."""
+        with self._lock:
+            return sum(len(member.answers) for member in self._in())
+
+    def so_far(self) -> dict[tuple[int, int], Response]:
+        """{(key, sample): what there is of it} of what was sent without an inbox and is being written."""
+        return self._call(self._so_far())
+
     def token_logprobs(self, token_ids: list[list[int]]) -> list[list[float]]:
         """Log-prob of every token given those before it, at temperature 1: one list for each sequence, shorter by one than the sequence.
 
@@ -146,17 +163,31 @@ class Fleet:
 
     def sync(self, buckets: Iterable[Bucket], version: int, names: frozenset[str]) -> None:
         """Give all servers new weights: buckets of full tensors under their Hugging Face names, all of `names`. Servers that are healthy
-        again come in; one that fails is left out, and the others go on. Raises RuntimeError for a stream that leaves tensors out."""
-        members, missing = self._call(self._begin_update()), set(names)
+        again come in; one that fails is left out, and the others go on. Raises RuntimeError for a stream that leaves tensors out, UserError
+        where no server is there."""
+        self.prepare()
+        self.send_weights(buckets, names)
+        self.finish(version)
+
+    def prepare(self) -> None:
+        """The first part of sync: the servers stop writing. Waits for one where there is none."""
+        self._updated = self._call(self._begin_update())
+
+    def send_weights(self, buckets: Iterable[Bucket], names: frozenset[str]) -> None:
+        """The second part: the stream is taken to its end, even where no server is left to take it."""
+        missing = set(names)
         for bucket in buckets:
             tensors = list(bucket.tensors())
             missing.difference_update(name for name, _ in tensors)
-            members = self._call(self._send_tensors(members, tensors))
+            self._updated = self._call(self._send_tensors(self._updated, tensors))
             del bucket, tensors  # its memory may be used for the next one
         if missing:
             raise RuntimeError(f"{len(missing)} tensors are missing from the weight stream, e.g. {min(missing)}")
+
+    def finish(self, version: int) -> None:
+        """The last part: the servers go on, with the new weights."""
         self.version = version
-        self._call(self._end_update(members, version))
+        self._call(self._end_update(self._updated, version))
 
     def waiting(self) -> bool:
         """Whether a healthy server waits for weights: the next sync takes it in. Asks the servers, for seconds where one is silent."""
@@ -235,6 +266,11 @@ class Fleet:
         scores = await asyncio.gather(*(one(member, ids) for member, ids in dealt))
         await self._each(self._in(), lambda member: member.reset_cache(timeout))
         return scores
+
+    async def _so_far(self) -> dict[tuple[int, int], Response]:
+        with self._lock:
+            pairs = [(member.version, at, answer) for member in self._members.values() for at, answer in member.answers.items()]
+        return {at[1:]: answer.response(self._decode, version) for version, at, answer in pairs if at[0] is self.inbox}
 
     # ---- answers, in the fleet's thread
 
@@ -355,21 +391,14 @@ class Fleet:
 
     async def _begin_update(self) -> list[Member]:
         """The servers that take part, paused and told of it. Waits where there is none."""
-        await self._look()
-        members = list(self._members.values())
-        members = await self._each(members, lambda member: member.pause(self._settings))
-        members = await self._each(members, lambda member: member.begin(self._settings))
-        if not members:
-            await self._wait_for_servers_again()
-            return await self._begin_update()
-        return members
-
-    async def _wait_for_servers_again(self) -> None:
         end = time.monotonic() + self._settings.start_timeout
-        while not await self._look_for_more():
-            if time.monotonic() > end:
-                raise UserError(f"no server has come back within {self._settings.start_timeout} s", "start them again")
+        while time.monotonic() < end:
+            await self._look()
+            members = await self._each(list(self._members.values()), lambda member: member.pause(self._settings))
+            if members := await self._each(members, lambda member: member.begin(self._settings)):
+                return members
             await asyncio.sleep(TICK)
+        raise UserError(f"no server was there for {self._settings.start_timeout} s", "see what the servers wrote, and start them again")
 
     async def _send_tensors(self, members: list[Member], tensors: list[tuple[str, Tensor]]) -> list[Member]:
         return await self._each(members, lambda member: member.take(tensors, self._settings.transfer_timeout))

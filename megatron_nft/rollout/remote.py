@@ -63,7 +63,7 @@ class Answer:
         """As a Response, "unfinished" where it has not finished; `version` is that of an answer without a token."""
         reason = self.finish_reason if self.finish_reason in FINISHED else "unfinished"
         first, later = (self.starts[0][1] if self.starts else version), self.starts[1:]
-        return Response(self.token_ids, self.logprobs, reason, first, decode(self.token_ids), later_versions=later or None)
+        return Response(list(self.token_ids), list(self.logprobs), reason, first, decode(self.token_ids), later_versions=later or None)
 
 
 def _check(token_ids: list, logprobs: list, of: list, vocab_size: int) -> None:
