@@ -21,6 +21,7 @@ from megatron_nft.rollout import serving
 from megatron_nft.rollout.member import Member, join
 from megatron_nft.rollout.remote import Answer, Fault, Refused, Remote
 from megatron_nft.rollout.settings import Request
+from megatron_nft.rollout.wire import backend
 from megatron_nft.trajectories import Response
 from megatron_nft.weights import Bucket
 
@@ -35,6 +36,10 @@ class Inbox:
         self.finished: deque[Found] = deque()
         self.lost: deque[Found] = deque()
         self.changed = threading.Event()
+
+
+class NoServer(Exception):
+    """All servers are lost; a sync takes those in that have come back."""
 
 
 class Fleet:
@@ -148,12 +153,13 @@ class Fleet:
 
     def token_logprobs(self, token_ids: list[list[int]]) -> list[list[float]]:
         """Log-prob of every token given those before it, at temperature 1: one list for each sequence, shorter by one than the sequence.
+        Raises NoServer where none is in.
 
         The sequences are dealt to the servers, and the next call begins with the next server: each is asked in its turn.
         """
         members = self._in()
         if not members:
-            raise RuntimeError("no server is there to be asked")
+            raise NoServer
         first, timeout = self._scored % len(members), float(self._settings.token_timeout)
         self._scored += len(token_ids)
         dealt = zip(islice(cycle(members), first, None), token_ids)
@@ -184,10 +190,11 @@ class Fleet:
         if missing:
             raise RuntimeError(f"{len(missing)} tensors are missing from the weight stream, e.g. {min(missing)}")
 
-    def finish(self, version: int) -> None:
-        """The last part: the servers go on, with the new weights."""
+    def finish(self, version: int) -> bool:
+        """The last part: the servers go on, with the new weights. False where none is left that could."""
         self.version = version
         self._call(self._end_update(self._updated, version))
+        return bool(self.members)
 
     def waiting(self) -> bool:
         """Whether a healthy server waits for weights: the next sync takes it in. Asks the servers, for seconds where one is silent."""
@@ -245,7 +252,8 @@ class Fleet:
         for number, (member, load) in enumerate(zip(members, loads)):
             own = {"generated_tokens_per_second": member.tokens / seconds}
             if not isinstance(load, BaseException):  # a server that does not tell is found out by what it does not write
-                own |= load
+                own |= load | {"preempted": load["preempted"] - member.preempted}
+                member.preempted = load["preempted"]
             found |= {f"server_{number}/{name}": value for name, value in own.items()}
             found["idle_share"] += member.idle / max(member.looks, 1) / len(members)
             found["slots_used"] += member.used / max(member.looks, 1) / len(members)
@@ -260,7 +268,7 @@ class Fleet:
             except Fault as fault:
                 self._leave_out(member, str(fault))
             if not (others := self._in()):
-                raise RuntimeError("no server is left to be asked")
+                raise NoServer
             return await one(others[0], ids)
 
         scores = await asyncio.gather(*(one(member, ids) for member, ids in dealt))
@@ -375,8 +383,6 @@ class Fleet:
         return [address for address, joined in zip(new, await asyncio.gather(*joining)) if not joined]
 
     async def _join(self, address: str, name: str) -> bool:
-        from megatron_nft.rollout.transfer import backend
-
         try:
             member = await join(name, Remote(self._session, address), self._model, max_model_len(self._config), backend())
         except Fault:

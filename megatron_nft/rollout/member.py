@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_nft.config import ServedConfig
 from megatron_nft.errors import UserError
 from megatron_nft.rollout.remote import Answer, Fault, Refused, Remote
+from megatron_nft.rollout.wire import bucket_info, init_info
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Member:
     busy: asyncio.Future | None = None  # its part in an update
     answers: dict[tuple, Answer] = field(default_factory=dict)  # that it is writing
     heard: float = 0.0  # time of its last token, or of when it got something to write
+    preempted: float = 0.0  # answers, until the last statistics
     tokens: int = 0  # that came since the last statistics
     looks: int = 0  # at the server since then,
     idle: int = 0  # in which it wrote nothing,
@@ -52,9 +54,7 @@ class Member:
 
     async def take(self, tensors: list[tuple[str, Tensor]], timeout: float) -> None:
         """Have the server take tensors under their Hugging Face names."""
-        from megatron_nft.rollout import transfer
-
-        asked = self.remote.call("update_weights", {"update_info": transfer.bucket_info(tensors)}, 2 * timeout)
+        asked = self.remote.call("update_weights", {"update_info": bucket_info(tensors)}, 2 * timeout)
         await together(asked, in_thread(self.link.send, [tensor for _, tensor in tensors]))
 
     async def finish(self, version: int, settings: ServedConfig) -> None:
@@ -81,12 +81,10 @@ class Member:
             return None
 
     async def _connect(self, timeout: float) -> None:
-        from megatron_nft.rollout import transfer
-
         address, port = _own_address(self.remote.address)
-        info = transfer.init_info(address, port, self.workers, timeout)
+        info = init_info(address, port, self.workers, timeout)
         asked = self.remote.call("init_weight_transfer_engine", {"init_info": info}, timeout)
-        _, self.link = await together(asked, in_thread(transfer.link, address, port, self.workers, timeout))
+        _, self.link = await together(asked, in_thread(open_link, address, port, self.workers, timeout))
 
 
 async def join(name: str, remote: Remote, model: dict[str, Any], window: int, backend: str) -> Member:
@@ -110,6 +108,13 @@ async def join(name: str, remote: Remote, model: dict[str, Any], window: int, ba
         if found[key] != wanted:
             raise UserError(f"the server {remote.address} has {key} {found[key]}, not {wanted}", "start it with the config of the run")
     return Member(name, remote, slots, workers, bool(found["rounds_head"]))
+
+
+def open_link(address: str, port: int, workers: int, timeout: float) -> Any:
+    """The trainer's end of a server's process group."""
+    from megatron_nft.rollout import transfer  # imports vLLM
+
+    return transfer.link(address, port, workers, timeout)
 
 
 async def together(*awaitables: Any) -> list[Any]:

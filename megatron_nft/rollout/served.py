@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from megatron_nft.checksums import Checksum
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError
-from megatron_nft.rollout.fleet import Fleet, Inbox
+from megatron_nft.rollout.fleet import Fleet, Inbox, NoServer
 from megatron_nft.rollout.settings import Request, set_environment
 from megatron_nft.stopping import Stopped
 from megatron_nft.trajectories import Response
@@ -74,7 +74,16 @@ class ServedEngine:
 
     def token_logprobs(self, token_ids: list[list[int]]) -> list[list[float]]:
         """As Engine.token_logprobs; the sequences are dealt to the servers."""
-        return self.of_first(lambda: self.fleet.token_logprobs(token_ids))
+
+        def ask() -> list[list[float]] | None:
+            try:
+                return self.fleet.token_logprobs(token_ids)
+            except NoServer:
+                return None
+
+        while (found := self.of_first(ask)) is None:
+            self.sync(self._weights(), self.weight_version)
+        return found
 
     def decode(self, token_ids: list[int]) -> str:
         """As text, special tokens left out."""
@@ -112,15 +121,16 @@ class ServedEngine:
     # ---- weights
 
     def sync(self, buckets: Iterator[Bucket], version: int) -> None:
-        """New weights for all servers: as Engine.sync."""
+        """New weights for all servers: as Engine.sync. Where none of them came through, it is made again when one is back."""
         self.of_first(lambda: self.fleet.prepare())
         if self.is_first:
             self.fleet.send_weights(buckets, self.names)
         else:
             for bucket in buckets:
                 del bucket
-        self.of_first(lambda: self.fleet.finish(version))
         self.weight_version = version
+        if not self.of_first(lambda: self.fleet.finish(version)):
+            self.sync(self._weights(), version)
 
     def checksums(self) -> dict[frozenset[str], Checksum]:
         """None: the servers are checked by their log-probs."""

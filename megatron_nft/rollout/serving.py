@@ -24,6 +24,7 @@ import megatron_nft
 from megatron_nft.config import Config, max_model_len
 from megatron_nft.errors import UserError
 from megatron_nft.rollout.settings import cpu_arguments, gpu_arguments, set_environment
+from megatron_nft.rollout.wire import backend
 from megatron_nft.weights import is_checkpoint
 
 MODEL = "policy"  # the served model's name
@@ -164,7 +165,8 @@ def arguments(config: Config, precision: str) -> dict[str, Any]:
         "load_format": "dummy" if is_checkpoint(path) else "auto",  # a checkpoint's weights come from the trainer
         "stream_interval": rollout.served.stream_interval,
         "enable_scale_out": True,
-        "weight_transfer_config": {"backend": "nccl" if torch.cuda.is_available() else "megatron_nft_gloo"},
+        "disable_uvicorn_access_log": True,
+        "weight_transfer_config": {"backend": backend()},
         "worker_extension_cls": "megatron_nft.rollout.transfer.Extension",
         **of_device,
     }

@@ -19,15 +19,11 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from megatron_nft.rollout.settings import repack_experts, repack_head, rounds_head
+from megatron_nft.rollout.wire import GLOO
 
-GLOO, NCCL = "megatron_nft_gloo", "nccl"  # names of the back ends
 ASK_EVERY = 0.005  # seconds between two looks at a transfer over NCCL
 OF_MODEL = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "tie_word_embeddings")  # fields of config.json by which two models are told apart  # fmt: skip
-
-
-def backend() -> str:
-    return NCCL if torch.cuda.is_available() else GLOO
 
 
 def register() -> None:
@@ -170,21 +166,6 @@ class NcclLink:
 def link(address: str, port: int, workers: int, timeout: float) -> GlooLink | NcclLink:
     """The trainer's end of the group of a server with so many workers, which is being told of the same address and port."""
     return (NcclLink if torch.cuda.is_available() else GlooLink)(address, port, workers, timeout)
-
-
-def init_info(address: str, port: int, workers: int, timeout: float) -> dict[str, Any]:
-    """What the server is told at init_weight_transfer_engine."""
-    info = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": 1 + workers}
-    return info if torch.cuda.is_available() else info | {"timeout": timeout}
-
-
-def bucket_info(tensors: list[tuple[str, Tensor]]) -> dict[str, Any]:
-    """What the server is told of a bucket at update_weights."""
-    return {
-        "names": [name for name, _ in tensors],
-        "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
-        "shapes": [list(tensor.shape) for _, tensor in tensors],
-    }
 
 
 def _gloo_group(address: str, port: int, rank: int, size: int, timeout: float) -> ProcessGroup:
