@@ -121,7 +121,7 @@ class Server:
         self._port, self._since = self._settings.port or _free_port(self._settings.host), None
         self._process = subprocess.Popen(self.command(), env=_environment(), start_new_session=True)
         # Ends what is left of the server where this process is killed: its end of the pipe closes then.
-        line = f"read _; kill -KILL -- -{self._process.pid}"
+        line = f"read _; kill -s KILL -- -{self._process.pid}"
         self._guard = subprocess.Popen(["/bin/sh", "-c", line], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def _look_after(self) -> None:
