@@ -40,10 +40,15 @@ def watched(config, monkeypatch) -> Iterator[serving.Server]:
     server, asked = serving.Server(config, "fp32"), []
     thread = threading.Thread(target=server.watch, args=(asked,))
     thread.start()
+
+    def end() -> None:
+        asked.append(signal.SIGTERM)
+        thread.join(20)
+        server.stop()
+
+    server.end = end
     yield server
-    asked.append(signal.SIGTERM)
-    thread.join(20)
-    server.stop()
+    end()
 
 
 def until(found: Callable):
@@ -88,7 +93,7 @@ def test_a_client_can_ask_for_a_new_start_of_the_server_it_means(watched, config
 def test_the_end_takes_the_address_away(watched, config):
     address(config)
     leader = watched._process.pid
-    watched.stop()
+    watched.end()
     assert not serving.found(config.run_dir) and not members(leader)
 
 
@@ -127,10 +132,18 @@ def test_a_server_knows_nothing_of_the_job_it_is_started_in(monkeypatch):
 def test_the_command_line_has_the_settings_of_an_engine(config, tmp_path):
     config.rollout.tensor_parallel_size, config.rollout.max_num_seqs, config.seed = 2, 7, 5
     words = serving.flags(serving.arguments(config, "bf16"))
-    for pair in (("--model", "some/model"), ("--dtype", "bfloat16"), ("--tensor-parallel-size", "2"), ("--max-num-seqs", "7"), ("--seed", "5"),
-                 ("--max-model-len", "1024"), ("--load-format", "auto"), ("--logprobs-mode", "processed_logprobs"),
-                 ("--hf-overrides", '{"head_dtype": "float32"}')):  # fmt: skip
-        assert words[words.index(pair[0]) + 1] == pair[1]
+    expected = {
+        "--model": "some/model",
+        "--dtype": "bfloat16",
+        "--tensor-parallel-size": "2",
+        "--max-num-seqs": "7",
+        "--seed": "5",
+        "--max-model-len": "1024",
+        "--load-format": "auto",
+        "--logprobs-mode": "processed_logprobs",
+        "--hf-overrides": '{"head_dtype": "float32"}',
+    }
+    assert {flag: words[words.index(flag) + 1] for flag in expected} == expected
     assert "--enable-scale-out" in words
     (tmp_path / "manifest.json").write_text("{}")
     config.model.path = str(tmp_path)
