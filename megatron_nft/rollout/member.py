@@ -15,6 +15,8 @@ from megatron_nft.errors import UserError
 from megatron_nft.rollout.remote import Answer, Fault, Refused, Remote
 from megatron_nft.rollout.wire import bucket_info, init_info
 
+DESCRIBE = "megatron_nft_describe"  # of transfer.Extension
+
 
 @dataclass
 class Member:
@@ -22,6 +24,7 @@ class Member:
 
     name: str
     remote: Remote
+    instance: str  # of the process: one that was started anew at the same address has other weights
     slots: int  # answers it writes at a time
     workers: int
     rounds_head: bool
@@ -39,9 +42,9 @@ class Member:
     used: float = 0.0  # and the sum over the looks of the share of its slots that were taken
 
     async def pause(self, settings: ServedConfig) -> None:
-        """Stop writing, as rollout.served.update says. A member that is not the server it was (started anew, with other weights) fails."""
-        if self.is_in and (found := await self._version()) not in (None, str(self.version)):
-            raise Fault(f"it has weights {found}, not {self.version}: it was started anew")
+        """Stop writing, as rollout.served.update says. Fails for a server that was started anew since it became a member."""
+        if (await self.remote.rpc(DESCRIBE))["instance"] != self.instance:
+            raise Fault("it was started anew")
         # "wait" lasts as long as answers do; a server that hangs meanwhile is found by its silence
         await self.remote.call(f"pause?mode={settings.update}", timeout=None if settings.update == "wait" else settings.transfer_timeout)
         self.paused = True
@@ -73,13 +76,6 @@ class Member:
             raise Fault("it kept its prefix cache")
         return reply.get("success", True)
 
-    async def _version(self) -> str | None:
-        """Of the server's weights, in its own words; None where its vLLM knows none."""
-        try:
-            return (await self.remote.call("weight_info", get=True))["weight_version"]
-        except Refused:
-            return None
-
     async def _connect(self, timeout: float) -> None:
         address, port = _own_address(self.remote.address)
         info = init_info(address, port, self.workers, timeout)
@@ -94,8 +90,9 @@ async def join(name: str, remote: Remote, model: dict[str, Any], window: int, ba
     """
     await remote.call("health", get=True)
     try:
-        found = await remote.rpc("megatron_nft_describe")
+        found = await remote.rpc(DESCRIBE)
         served, workers, slots = found["model"], int(found["workers"]), int(found["max_num_seqs"])
+        instance = str(found["instance"])
     except (Refused, KeyError, TypeError):
         raise UserError(f"{remote.address} is no server of ours", "start it with `megatron-nft serve`") from None
     for key, value in served.items():
@@ -107,7 +104,7 @@ async def join(name: str, remote: Remote, model: dict[str, Any], window: int, ba
     for key, wanted in (("max_model_len", window), ("logprobs_mode", "processed_logprobs"), ("backend", backend)):
         if found[key] != wanted:
             raise UserError(f"the server {remote.address} has {key} {found[key]}, not {wanted}", "start it with the config of the run")
-    return Member(name, remote, slots, workers, bool(found["rounds_head"]))
+    return Member(name, remote, instance, slots, workers, bool(found["rounds_head"]))
 
 
 def open_link(address: str, port: int, workers: int, timeout: float) -> Any:

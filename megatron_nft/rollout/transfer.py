@@ -6,6 +6,7 @@ of the group, the trainer. A group for each server: one that dies or hangs takes
 """
 
 import time
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from megatron_nft.rollout.settings import repack_experts, repack_head, rounds_head
 from megatron_nft.rollout.wire import GLOO
 
+INSTANCE = uuid.uuid4().hex  # of this process: a server that was started anew has another
 ASK_EVERY = 0.005  # seconds between two looks at a transfer over NCCL
 OF_MODEL = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "tie_word_embeddings")  # fields of config.json by which two models are told apart  # fmt: skip
@@ -106,6 +108,7 @@ class Extension:
         config, vllm_config = self.model_config.hf_config, self.vllm_config
         transfer = vllm_config.weight_transfer_config
         return {
+            "instance": INSTANCE,
             "model": {key: getattr(config, key) for key in OF_MODEL if hasattr(config, key)},
             "max_model_len": self.model_config.max_model_len,
             "max_num_seqs": vllm_config.scheduler_config.max_num_seqs,

@@ -3,10 +3,12 @@
 import asyncio
 import json
 import threading
+import time
 from typing import Self
 
 from aiohttp import web
 
+PROMPT = 2  # tokens of a prompt
 DESCRIPTION = {
     "model": {"model_type": "qwen2", "vocab_size": 50, "hidden_size": 8},
     "max_model_len": 40,
@@ -19,7 +21,7 @@ DESCRIPTION = {
 
 
 class FakeServer:
-    """Answers are the prompt's last token counted up, one token a chunk. `fault` says what goes wrong with the next ones:
+    """version None: a vLLM that does not tell it. Answers are the prompt's last token counted up, one token a chunk. `fault` says what goes wrong with the next ones:
     None | hang | die | another key of `choices`. It can be `stop`ped, and closes what runs."""
 
     def __init__(self, **described):
@@ -27,7 +29,7 @@ class FakeServer:
         self.version, self.names, self.calls, self.requests, self.seen = "default", [], [], [], 0
         self.gate = threading.Event()  # closed: answers stand after their first token
         self.gate.set()
-        self.paused = False
+        self.paused, self.length = False, 100  # length: tokens of an answer, where max_tokens lets it
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()
@@ -49,6 +51,7 @@ class FakeServer:
     def start(self) -> None:
         """Listen; the second time at the same port, with the weights of the start."""
         self.version, self.paused = "default", False
+        self.described |= {"instance": f"start {time.monotonic()}"}
         asyncio.run_coroutine_threadsafe(self._serve(), self._loop).result(10)
 
     def stop(self) -> None:
@@ -60,7 +63,6 @@ class FakeServer:
         app = web.Application()
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
-        app.router.add_get("/weight_info", self._weight_info)
         app.router.add_post("/inference/v1/generate", self._generate)
         app.router.add_post("/{call}", self._call)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -74,9 +76,6 @@ class FakeServer:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(text='# a comment\nvllm:num_requests_running{engine="0"} 2.0\nvllm:num_preemptions_total{engine="0"} 3.0\n')
-
-    async def _weight_info(self, request: web.Request) -> web.Response:
-        return web.json_response({"weight_version": self.version})
 
     async def _call(self, request: web.Request) -> web.Response:
         body, call = (json.loads(await request.text() or "null")), request.match_info["call"]
@@ -96,25 +95,28 @@ class FakeServer:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.requests.append(body)
+        if self.fault == "refuse":
+            return web.json_response({"error": "no"}, status=400)
         reply = web.StreamResponse()
         await reply.prepare(request)
-        params, last = body["sampling_params"], body["token_ids"][-1]
-        for number in range(params["max_tokens"]):
+        last, most = body["token_ids"][-1], body["sampling_params"]["max_tokens"]
+        length = min(self.length - (len(body["token_ids"]) - PROMPT), most)  # what is resumed has been begun
+        for number in range(length):
             while self.paused or (number and not self.gate.is_set()) or self.fault == "hang":
                 await asyncio.sleep(0.01)
             if self.fault == "die" and number:
                 request.transport.abort()
                 return reply
-            choice = self._choice(number, last + number + 1, params["max_tokens"])
+            choice = self._choice(number, last + number + 1, length, "length" if length == most else "stop")
             await reply.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
         await reply.write(b"data: [DONE]\n\n")
         return reply
 
-    def _choice(self, number: int, token: int, length: int) -> dict:
+    def _choice(self, number: int, token: int, length: int, reason: str) -> dict:
         last = number == length - 1
-        choice = {"token_ids": [token], "finish_reason": "length" if last else None, "weight_versions": None,
+        choice = {"token_ids": [token], "finish_reason": reason if last else None, "weight_versions": None,
                   "logprobs": {"content": [{"token_id": token, "logprob": -0.5}]}}  # fmt: skip
-        if last and self.version.isdigit():
+        if last and self.version is not None:
             choice["weight_versions"] = [{"version": self.version, "start": 0, "end": length}]
         return choice | self.choices(token).get(self.fault, {})
 

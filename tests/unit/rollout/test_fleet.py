@@ -185,7 +185,7 @@ def test_sync_reaches_all_and_running_answers_go_on(fleet, servers):
     for server, known in zip(servers, before):
         assert server.names == ["a", "b", "a", "b"] and server.version == "1"
         assert server.calls[len(known) :] == [
-            "pause", "start_weight_update", "update_weights", "update_weights", "finish_weight_update", "reset_prefix_cache", "resume"
+            "collective_rpc", "pause", "start_weight_update", "update_weights", "update_weights", "finish_weight_update", "reset_prefix_cache", "resume"
         ]  # fmt: skip
         server.gate.set()
     assert gather(fleet, 1)[0][0, 0].token_ids == [4, 5, 6, 7]
@@ -199,7 +199,7 @@ def test_versions_are_noted_on_arrival_where_the_server_knows_none(fleet, server
     until(lambda: fleet.so_far()[0, 0].token_ids)
     fleet.sync(weights(), 1, NAMES)
     for server in servers:
-        server.version = "unknown"  # the fake then tells no versions
+        server.version = None
         server.gate.set()
     response = gather(fleet, 1)[0][0, 0]
     assert response.weight_version == 0 and response.later_versions == [(1, 1)] and response.versions == [0, 1, 1, 1]
