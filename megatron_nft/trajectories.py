@@ -55,7 +55,7 @@ class Response:
         starts = [(0, self.weight_version), *(self.later_versions or ()), (len(self.token_ids), 0)]
         return [version for (first, version), (end, _) in zip(starts, starts[1:]) for _ in range(end - first)]
 
-    def followed_by(self, rest: "Response", text: str) -> "Response":
+    def followed_by(self, rest: Response, text: str) -> Response:
         """This unfinished answer with the rest of it, which a resumed request gave; text: of both."""
         begun = len(self.token_ids)
         changed = [(begun, rest.weight_version)] if rest.weight_version != self.versions[-1] else []

@@ -124,10 +124,12 @@ def _check_order(config: Config) -> None:
     """What rollout.order allows."""
     rollout = config.rollout
     if not 0 <= config.data.most_skipped < 1:
-        raise UserError(f"data.most_skipped is {config.data.most_skipped}", "use 0 or more and less than 1, so that every prompt comes again")
+        raise UserError(
+            f"data.most_skipped is {config.data.most_skipped}", "use 0 or more and less than 1, so that every prompt comes again"
+        )
     if rollout.order == "prompt" and rollout.max_staleness:
         raise UserError(
-            f"rollout.max_staleness is {rollout.max_staleness} and rollout.order prompt: what is carried depends on how fast the engines are",
+            f"rollout.max_staleness is {rollout.max_staleness} and rollout.order prompt: what is carried depends on the engines' speed",
             "use rollout.order=started, or max_staleness=0",
         )
     if rollout.order == "prompt" and rollout.hopeless_after is not None:

@@ -314,7 +314,9 @@ class Policy:
 
     # ---- checkpoints
 
-    def start_save(self, directory: Path, state: dict, then: Callable[[], None] = lambda: None, more: checkpoint.Files | None = None) -> None:
+    def start_save(
+        self, directory: Path, state: dict, then: Callable[[], None] = lambda: None, more: checkpoint.Files | None = None
+    ) -> None:
         """Begin to write a complete checkpoint: model, optimizer, scheduler, RNG, and `state` (JSON) in the manifest. What training does
         from here on is not in it. finish_save() has to be called before the next one is started. `then` is called on the first rank when
         the checkpoint is complete, in the thread that writes. `more` is called on every rank in that thread: given the directory, it

@@ -22,7 +22,6 @@ from megatron_nft.errors import UserError, os_error_behind
 from megatron_nft.policy import cpu, files, manifest, versions
 from megatron_nft.weights import copy_companions
 
-
 Files = Callable[[Path], list[Path]]  # given the directory, writes files there and names them
 
 

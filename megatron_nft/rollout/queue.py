@@ -4,6 +4,7 @@ Nothing here knows of vLLM or of ranks: whoever drives a Queue tells it what bec
 same, so that every rank can have one of its own.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -18,9 +19,12 @@ from megatron_nft.trajectories import Group, Prompt, Response
 if TYPE_CHECKING:
     from megatron_nft.prompts import Cursor
 
-MARGIN = 1.1  # a tenth more is sent than the mixed share promises ...
+SURE = 1.0  # standard deviations: so many more prompts are sent than the mixed share promises to be enough ...
 LEAST_SHARE = 0.05  # ... which is taken as no smaller than this
-FIRST_SHARE = (1.0, 3.0)  # mixed groups of so many: what is assumed before anything is known; the published runs send three times what they keep
+FIRST_SHARE = (
+    1.0,
+    3.0,
+)  # mixed groups of so many: what is assumed before anything is known; the published runs send three times what they keep
 MEMORY = 0.5  # of that share, from one step to the next
 
 
@@ -273,10 +277,12 @@ class Queue:
             done = [group for group in self._open.values() if group.is_complete and self._usable(group)]
             return sorted(done, key=lambda group: group.finished)[:wanted]
         for group in self._open.values():
-            if len(ready) == wanted or not group.is_complete:
-                break  # the answers to wait for are as likely long as short: passing them over would favour short ones
-            if self._usable(group):
+            if len(ready) == wanted:
+                break
+            if group.is_complete and self._usable(group):
                 ready.append(group)
+            elif not group.is_complete and self._version - group.version >= self._rollout.max_staleness:
+                break  # it is waited for: in the next step it would be too old, and to pass it over would favour short answers
         return ready
 
     def _wants_more(self) -> bool:
@@ -287,8 +293,10 @@ class Queue:
         if self.started >= (rollout.max_prompts_per_step or 8 * wanted):
             return False
         mixed, undecided = self._known()
-        promised = undecided * max(self._share[0] / self._share[1], LEAST_SHARE)
-        if promised < MARGIN * (wanted - mixed):
+        share = max(self._share[0] / self._share[1], LEAST_SHARE)
+        promised = undecided * share
+        missing = wanted - mixed
+        if missing > 0 and promised - SURE * math.sqrt(promised * (1 - share)) < missing:
             return True
         # while the last answers of a step are waited for, the next one's are begun
         ahead = rollout.max_staleness if rollout.unfinished == "resume" or rollout.mode == "served" else 0

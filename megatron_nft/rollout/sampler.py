@@ -5,7 +5,6 @@ what verdict, and how much room the engines have. So all of them send, give up a
 answers themselves stay where they were sampled; elsewhere a stub stands for them.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from megatron_nft.config import Config
 from megatron_nft.rollout.engine import ASK_EVERY, Engine
-from megatron_nft.rollout.queue import Open, Queue, Taken
+from megatron_nft.rollout.queue import Queue, Taken
 from megatron_nft.rollout.record import read_rollouts, write_rollouts
 from megatron_nft.rollout.summaries import statistics, summarise
 from megatron_nft.rollout.verdicts import Verdicts

@@ -27,7 +27,9 @@ SETTINGS = [
     "logging.wandb=offline",
 ]
 
-SMALL = [*SETTINGS, "train.steps=5", "rollout.prompts_per_step=8", "train.prompts_per_update=4",
+# groups and unfinished answers are carried from step to step
+CARRIED = ["rollout.order=started", "rollout.max_staleness=1", "data.most_skipped=0.8"]
+SMALL = [*SETTINGS, *CARRIED, "train.steps=5", "rollout.prompts_per_step=8", "train.prompts_per_update=4",
          "evaluation.interval=2", "evaluation.sets.0.limit=16", "rollout.cpu_kvcache_space=1", "logging.wandb=disabled"]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -39,9 +40,16 @@ def train(run_dir: Path, ranks: int, *overrides: str) -> tuple[list[dict], dict[
     return rows, load_file(run_dir / "huggingface" / "model.safetensors")
 
 
+def sampled(run_dir: Path) -> list[dict]:
+    """The rows of all engines' answers, in the order of training."""
+    rows = [row for path in (run_dir / "rollouts").glob("step_*.parquet") for row in pyarrow.parquet.read_table(path).to_pylist()]
+    return sorted(rows, key=lambda row: (row["position"], row["sample"]))
+
+
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("single") / "run", 1)
+    run_dir = tmp_path_factory.mktemp("single") / "run"
+    return *train(run_dir, 1), sampled(run_dir)
 
 
 LAYOUTS = {
@@ -49,16 +57,21 @@ LAYOUTS = {
     "one TP2 model, one TP2 engine": ["parallel.tensor_model_parallel_size=2", "rollout.tensor_parallel_size=2"],
     "two stages, two engines": ["parallel.pipeline_model_parallel_size=2"],
 }
-SAMPLED = ("correct_rate", "prompts_sent", "groups_kept", "response_length", "draws")  # the same answers, token for token
+if os.environ.get("MEGATRON_NFT_LONG") == "1":
+    LAYOUTS["four engines"] = ["parallel.tensor_model_parallel_size=2"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_equal_one(layout, single, tmp_path):
-    """The same answers, norms to 1e-4 relative, weights (which move by some 1e-3) to 2e-6; and what the new weights answer is the same."""
-    rows, tensors = train(tmp_path / "run", 2, *LAYOUTS[layout])
-    expected_rows, expected = single
-    for name in SAMPLED:
+    """The same answers with their verdicts, log-probs to 1e-5, norms to 1e-4 relative, weights (which move by some 1e-3) to 2e-6; and what
+    the new weights answer is the same."""
+    rows, tensors = train(tmp_path / "run", 4 if layout == "four engines" else 2, *LAYOUTS[layout])
+    expected_rows, expected, answers = single
+    for name in ("correct_rate", "groups_decided", "groups_kept", "response_length"):
         assert rows[1][f"train/{name}"] == expected_rows[1][f"train/{name}"], name
+    found = sampled(tmp_path / "run")
+    assert [{**row, "logprobs": None} for row in found] == [{**row, "logprobs": None} for row in answers] and len(found) >= 8 * 8
+    assert all(row["logprobs"] == pytest.approx(one["logprobs"], abs=1e-5, rel=0) for row, one in zip(found, answers))
     for name in ("grad_norm", "entropy", "negative_coefficient"):
         assert rows[1][f"train/{name}"] == pytest.approx(expected_rows[1][f"train/{name}"], rel=1e-4), name
     for name in expected:

@@ -45,8 +45,8 @@ def judge(own: Queue, key: int, *scores: float, **about) -> None:
         own.judged(key, sample, answered(score, **about))
 
 
-def test_groups_are_taken_in_the_order_of_starting_and_an_earlier_one_is_waited_for():
-    own = queue()
+def test_groups_are_taken_in_the_order_of_starting_and_one_that_cannot_be_carried_is_waited_for():
+    own = queue(max_staleness=0)
     own.begin(1, 0)
     send(own)
     judge(own, 1, 1, 0, 1)
@@ -56,6 +56,23 @@ def test_groups_are_taken_in_the_order_of_starting_and_an_earlier_one_is_waited_
     assert own.enough
     taken = own.take()
     assert [group.key for group in taken.kept] == [1, 2] and [group.key for group in taken.uniform] == [0]
+
+
+def test_one_that_can_be_carried_is_not_waited_for_until_it_would_become_too_old():
+    own = queue()
+    own.begin(1, 0)
+    send(own)
+    for key in (3, 1, 2):
+        judge(own, key, 1, 0, 1)
+    assert own.enough and [group.key for group in own.take().kept] == [1, 2]
+    own.begin(2, 1)
+    send(own)
+    judge(own, 8, 1, 0, 1)
+    assert not own.enough, "two are there, but 0 was started with the weights before"
+    judge(own, 0, 1, 0, 1)
+    for key in range(4, 7):
+        judge(own, key, 0, 0, 0)
+    assert own.enough and [group.key for group in own.take().kept] == [0, 3]
 
 
 def test_in_the_order_of_finishing_the_early_ones_are_taken():
@@ -68,10 +85,10 @@ def test_in_the_order_of_finishing_the_early_ones_are_taken():
 
 
 def test_mixed_groups_are_known_before_they_are_complete_and_no_more_prompts_sent_for_them():
-    """Wanted 2, none ahead: 7 of which a third is hoped to be mixed; two known to be mixed are enough of them."""
+    """Wanted 2, none ahead: 11 of which a third, 3.7, is hoped to be mixed, and 2.1 be it by a standard deviation fewer."""
     own = queue(max_staleness=0)
     own.begin(1, 0)
-    assert len(send(own)) == 7
+    assert len(send(own)) == 11
     judge(own, 0, 1, 0)
     judge(own, 4, 0, 1)
     assert send(own) == [] and not own.enough
@@ -84,10 +101,12 @@ def test_more_prompts_are_sent_when_fewer_groups_are_mixed_than_hoped():
     own.begin(1, 0)
     for key in send(own):
         judge(own, key, 0, 0, 0)
-    assert len(send(own)) == 38, "2.2 groups of which one in 17 is hoped to be mixed: half a mixed one of 1.5 assumed, and none of 7"
+    assert len(send(own)) == 79, (
+        "of 1.5 half a one was assumed to be mixed, none of 11 was: of 79 are hoped for 3.2, and 2 by a standard deviation fewer"
+    )
 
 
-@pytest.mark.parametrize("staleness, count", [(0, 7), (1, 12), (2, 18)])
+@pytest.mark.parametrize("staleness, count", [(0, 11), (1, 12), (2, 18)])
 def test_the_next_steps_groups_are_begun_while_the_last_ones_are_waited_for(staleness, count):
     own = queue(max_staleness=staleness, max_prompts_per_step=99)
     own.begin(1, 0)
@@ -122,7 +141,7 @@ def test_without_staleness_nothing_is_carried_and_no_prompt_lost():
         own.pause(group.key, True, {0: partial(3)})
     own.begin(2, 1)
     ticket = own.next()
-    assert (ticket.prompt.id, ticket.key) == ("set/3", 7) and len(ticket.requests) == N
+    assert (ticket.prompt.id, ticket.key) == ("set/3", 11) and len(ticket.requests) == N
 
 
 def test_an_unfinished_answer_goes_on_with_its_tokens_and_what_is_left_of_its_length():

@@ -64,10 +64,10 @@ def test_what_was_sent_beyond_comes_again_in_the_next_step(judge):
 
 
 def test_as_many_prompts_are_sent_as_the_share_of_mixed_groups_asks_for(judge):
-    """3.3 of a third: 10; when the first step has found all to be mixed, fewer: 1 + 10 / 2 of 3 + 10 / 2 ... of 3.3."""
+    """A third is assumed to be mixed: 15 are sent for 3; the more of them are found to be mixed, the fewer."""
     own = sampler(judge, [MIXED] * 60, settings(3))
     sent = [own.groups(step).statistics["prompts_sent"] for step in range(1, 5)]
-    assert sent[0] == 10 and sent[-1] == 4 and sent == sorted(sent, reverse=True)
+    assert sent[0] == 15 and sent[-1] == 4 and sent == sorted(sent, reverse=True)
 
 
 def test_max_prompts_per_step_bounds_a_hopeless_step(judge):
