@@ -21,8 +21,8 @@ DESCRIPTION = {
 
 
 class FakeServer:
-    """Answers are the prompt's last token counted up, one token a chunk. `fault` says what goes wrong with the next ones: None | hang | die |
-    refuse | transfer | a key of `choices`. version None is a vLLM that does not tell it. stop() closes what runs."""
+    """Answers are the prompt's last token counted up, one token a chunk. `fault` says what goes wrong with the next ones: None | hang |
+    die | refuse | transfer | a key of `choices`. version None is a vLLM that does not tell it. stop() closes what runs."""
 
     def __init__(self, **described):
         self.described, self.fault, self.port = DESCRIPTION | described, None, 0

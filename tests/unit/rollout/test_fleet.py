@@ -63,6 +63,7 @@ def start(config: Config, servers: list[FakeServer]) -> Fleet:
 
 
 def weights(names=("a", "b")) -> Iterator:
+    """One bucket for each tensor."""
     return iter([one_bucket([(name, torch.zeros(2))]) for name in names])
 
 
@@ -184,9 +185,8 @@ def test_sync_reaches_all_and_running_answers_go_on(fleet, servers):
     fleet.sync(weights(), 1, NAMES)
     for server, known in zip(servers, before):
         assert server.names == ["a", "b", "a", "b"] and server.version == "1"
-        assert server.calls[len(known) :] == [
-            "collective_rpc", "pause", "start_weight_update", "update_weights", "update_weights", "finish_weight_update", "reset_prefix_cache", "resume"
-        ]  # fmt: skip
+        update = ["start_weight_update", "update_weights", "update_weights", "finish_weight_update"]
+        assert server.calls[len(known) :] == ["collective_rpc", "pause", *update, "reset_prefix_cache", "resume"]
         server.gate.set()
     assert gather(fleet, 1)[0][0, 0].token_ids == [4, 5, 6, 7]
 
