@@ -1,6 +1,7 @@
 """What no model, data or machine could make right is refused here, with the mend."""
 
 import math
+import re
 
 from megatron_nft.config import megatron
 from megatron_nft.config.objective import AUTHORS_DAPO, OWN_SETTINGS, POLICY_GRADIENT, PUBLISHED
@@ -37,6 +38,7 @@ def _check_pairs(config: Config) -> None:
     _check_correction(config)
     _check_groups(config)
     _check_order(config)
+    _check_served(config)
     _check_batches(config)
     megatron.check(config)
 
@@ -147,6 +149,15 @@ def _check_order(config: Config) -> None:
         raise UserError(
             "rollout.max_staleness and rollout.hopeless_after are for rollout.dynamic_sampling, which is false", "leave them out"
         )
+
+
+def _check_served(config: Config) -> None:
+    addresses = config.rollout.served.addresses
+    for address in addresses:
+        if not re.fullmatch(r"http://[^/\s:]+:\d+/?", address):
+            raise UserError(f"{address!r} in rollout.served.addresses is no address of a server", "write http://host:port")
+    if len({address.rstrip("/") for address in addresses}) < len(addresses):
+        raise UserError("rollout.served.addresses has an address twice", "leave one of them out")
 
 
 def _check_batches(config: Config) -> None:

@@ -25,7 +25,7 @@ from megatron_nft.config import Config, max_model_len
 from megatron_nft.errors import UserError
 from megatron_nft.rollout.settings import cpu_arguments, gpu_arguments, set_environment
 from megatron_nft.rollout.wire import backend
-from megatron_nft.weights import is_checkpoint
+from megatron_nft.weights import is_checkpoint, load_weights
 
 MODEL = "policy"  # the served model's name
 STEADY = 60.0  # seconds that a server answers until its earlier deaths are forgotten
@@ -37,8 +37,10 @@ OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_R
 def serve(config: Config, precision: str) -> None:
     """Run a server until SIGTERM or SIGINT asks to end; start it again where it dies.
 
-    precision is "fp32", "bf16" or "fp16". Raises UserError where it dies rollout.served.max_deaths times in a row.
+    precision is "fp32", "bf16" or "fp16". Raises UserError where there is no model, and where the server dies rollout.served.max_deaths
+    times in a row.
     """
+    load_weights(config.model.path)
     set_environment(config.rollout)
     server = Server(config, precision)
     with _asked_to_end() as asked:
