@@ -20,7 +20,7 @@ TICK = 0.2  # seconds between two looks at the servers
 
 
 class Membership(ABC):
-    """The servers that were found. """
+    """The servers that were found."""
 
     _session: aiohttp.ClientSession
 
