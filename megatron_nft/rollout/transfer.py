@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import BroadcastOptions, ProcessGroup
-from vllm.distributed.utils import StatelessProcessGroup, stateless_init_torch_distributed_process_group
+from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
+from vllm.distributed.utils import StatelessProcessGroup
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
@@ -58,7 +58,7 @@ class GlooTransferEngine(WeightTransferEngine[GlooInitInfo, BucketInfo]):
     """The server's side on the CPU, beside the model in each of the server's workers."""
 
     init_info_cls, update_info_cls = GlooInitInfo, BucketInfo
-    _group: ProcessGroup | None = None
+    _group: ProcessGroupGloo | None = None
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         """Join the trainer's group; leaves the one before, if there was one."""
@@ -171,12 +171,15 @@ def link(address: str, port: int, workers: int, timeout: float) -> GlooLink | Nc
     return (NcclLink if torch.cuda.is_available() else GlooLink)(address, port, workers, timeout)
 
 
-def _gloo_group(address: str, port: int, rank: int, size: int, timeout: float) -> ProcessGroup:
-    return stateless_init_torch_distributed_process_group(address, port, rank, size, "gloo", timeout=timedelta(seconds=timeout))
+def _gloo_group(address: str, port: int, rank: int, size: int, timeout: float) -> ProcessGroupGloo:
+    """A group that torch.distributed's own functions know nothing of. Its store is made here: torch's rendezvous would ask torchrun's."""
+    limit = timedelta(seconds=timeout)
+    store = TCPStore(address, port, size, is_master=rank == 0, timeout=limit)
+    return ProcessGroupGloo(PrefixStore("weights", store), rank, size, limit)
 
 
-def _broadcast(group: ProcessGroup, tensor: Tensor) -> None:
-    """From rank 0. The group is none that torch.distributed's own functions know."""
+def _broadcast(group: ProcessGroupGloo, tensor: Tensor) -> None:
+    """From rank 0."""
     options = BroadcastOptions()
     options.rootRank = options.rootTensor = 0
     group.broadcast([tensor], options).wait()
