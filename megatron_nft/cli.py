@@ -1,5 +1,5 @@
 """The command line. Exit codes: 0 done; 2 what the user gave is wrong (one line on stderr); 75 stopped on request, the same command
-goes on; 130 interrupted by Ctrl-C; anything else is a fault of ours."""
+goes on; 70 ended by the watchdog; 130 interrupted by Ctrl-C; anything else is a fault of ours."""
 
 import argparse
 import errno
@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_nft import config
 from megatron_nft.errors import UserError
 from megatron_nft.stopping import EXIT_CODE, Stopped, StopRequest
+from megatron_nft.watchdog import Watchdog
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -90,7 +91,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
         trainer.dry_run(settings)
         return
-    with StopRequest(settings.checkpoint.grace_time) as stop:  # before the slow imports, so that no signal is missed
+    with StopRequest(settings.checkpoint.grace_time) as stop, _watchdog(settings):  # before the slow imports: no signal is missed
         from megatron_nft import trainer
 
         trainer.train(settings, stop)
@@ -120,10 +121,15 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 def _sft(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config, arguments.overrides)
-    with StopRequest(settings.checkpoint.grace_time) as stop:
+    with StopRequest(settings.checkpoint.grace_time) as stop, _watchdog(settings):
         from megatron_nft.supervised import sft
 
         sft(settings, stop)
+
+
+def _watchdog(settings: config.Config) -> Watchdog:
+    rank = int(os.environ.get("RANK", "0"))
+    return Watchdog(settings.train.watchdog_timeout, rank, settings.run_dir, settings.train.watchdog_phases)
 
 
 def _convert(arguments: argparse.Namespace) -> None:

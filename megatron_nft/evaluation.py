@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy
 
+from megatron_nft import watchdog
 from megatron_nft.config import Config, EvaluationConfig, max_answer_length, max_model_len
 from megatron_nft.errors import UserError
 from megatron_nft.logbook import progress
 from megatron_nft.prompts import PromptSet, load_sets, load_tokenizer
 from megatron_nft.rewards import Judge
-from megatron_nft.rollout import Engine, Request, write_rollouts
+from megatron_nft.rollout import Engine, Request, arguments, write_rollouts
 from megatron_nft.rollout.queue import seed_of
 from megatron_nft.rollout.summaries import GroupSummary, summarise
 from megatron_nft.rollout.verdicts import answer
@@ -51,14 +52,24 @@ def evaluate_model(config: Config, precision: str) -> None:
     precision is "fp32" or "bf16". torch.distributed is started by the caller. Writes run_dir/evaluations/<model's name>.json, the
     answers beside it as parquet, and prints a table.
     """
+    arguments.check(config.rollout)
     prompt_sets = load_sets(config.evaluation.sets, load_tokenizer(config.model.path), config.data)
     check(prompt_sets, config.evaluation)
     with Judge.for_config(config) as judge:
         engine = Engine(config.model.path, config.rollout, max_model_len(config), precision, config.seed)
+        engine.scale_cache_by([prompt for problems in prompt_sets.values() for prompt in problems])
         tokens = max_answer_length(config)
         with progress(answers_expected(engine, prompt_sets, config.evaluation), "evaluate", "answers") as bar:
             result = evaluate(
-                engine, judge, prompt_sets, config.evaluation, tokens, config.seed, config.model.path, lambda *_: bar.update()
+                engine,
+                judge,
+                prompt_sets,
+                config.evaluation,
+                tokens,
+                config.seed,
+                config.model.path,
+                lambda *_: bar.update(),
+                stop=tuple(config.rollout.stop),
             )
         name = Path(config.model.path).resolve().name
         if engine.is_first:
@@ -73,7 +84,10 @@ def evaluate_model(config: Config, precision: str) -> None:
 
 def validate(engine: Engine, judge: Judge | None, prompt_sets: dict[str, PromptSet], config: Config, step: int) -> dict[str, float]:
     """The validation of a training step: writes run_dir/evaluations/step_N.json, returns the metrics. A collective call."""
-    result = evaluate(engine, judge, prompt_sets, config.evaluation, max_answer_length(config), config.seed, f"step {step}")
+    tokens, stop = max_answer_length(config), tuple(config.rollout.stop)
+    result = evaluate(
+        engine, judge, prompt_sets, config.evaluation, tokens, config.seed, f"step {step}", lambda *_: watchdog.beat(), stop=stop
+    )
     if engine.is_first and engine.index == 0:
         write_results(config.run_dir, f"step_{step}", result)
     return result.metrics()
@@ -88,14 +102,16 @@ def evaluate(
     seed: int,
     label: str,
     on_finish: Callable[[int, Response], None] | None = None,
+    stop: tuple[str, ...] = (),
 ) -> Evaluation:
     """Answer every problem of every set. A collective call; the summary is the same on every rank.
 
     max_tokens bounds an answer; label (a step, a model's name) is noted in the summary; on_finish(index, response) is called as
-    this engine's answers finish, `answers_expected` of them. The judge may be None on ranks that are not their engine's first.
+    this engine's answers finish, `answers_expected` of them; stop: strings that end an answer. The judge may be None on ranks that are
+    not their engine's first.
     """
     own = _own_problems(engine, prompt_sets, evaluation)
-    requests = [_requests(prompt, name, evaluation, max_tokens, seed) for name, _, prompt in own]
+    requests = [_requests(prompt, name, evaluation, max_tokens, seed, stop) for name, _, prompt in own]
     groups = answer(engine, judge, [prompt for _, _, prompt in own], requests, on_finish)
     answers: dict[str, list[Group]] = {}
     parts: list[tuple[str, GroupSummary]] = []  # with the kind of answers it tells of
@@ -169,11 +185,11 @@ def _own_problems(engine: Engine, prompt_sets: dict[str, PromptSet], evaluation:
     return every[engine.index :: engine.count]
 
 
-def _requests(prompt: Prompt, name: str, evaluation: EvaluationConfig, max_tokens: int, seed: int) -> list[Request]:
+def _requests(prompt: Prompt, name: str, evaluation: EvaluationConfig, max_tokens: int, seed: int, stop: tuple[str, ...]) -> list[Request]:
     """The greedy request, where asked for, and then the k sampled ones."""
-    greedy = [Request(prompt.token_ids, 0.0, 1.0, max_tokens, 0)] if evaluation.greedy else []
+    greedy = [Request(prompt.token_ids, 0.0, 1.0, max_tokens, 0, stop)] if evaluation.greedy else []
     seeds = (seed_of(seed, "evaluation", name, prompt.id, sample) for sample in range(evaluation.k))
-    return greedy + [Request(prompt.token_ids, evaluation.temperature, evaluation.top_p, max_tokens, own) for own in seeds]
+    return greedy + [Request(prompt.token_ids, evaluation.temperature, evaluation.top_p, max_tokens, own, stop) for own in seeds]
 
 
 def _by_kind(group: Group, position: int, evaluation: EvaluationConfig) -> list[tuple[str, Group]]:

@@ -18,6 +18,7 @@ from typing import Protocol, Self, TextIO
 
 from tqdm import tqdm
 
+from megatron_nft import watchdog
 from megatron_nft.config import LoggingConfig
 from megatron_nft.errors import UserError
 from megatron_nft.locks import exclusive
@@ -77,8 +78,8 @@ class Logbook:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the seconds spent inside to time/<name>, and take the memory's peak for memory/<name>. A stage inside another belongs to
-        the outer one."""
+        """Add the seconds spent inside to time/<name>, and take the memory's peak for memory/<name>; the watchdog's phase is the stage. A
+        stage inside another belongs to the outer one."""
         if self._in_stage:
             yield
             return
@@ -90,7 +91,8 @@ class Logbook:
         if self._meter is not None:
             self._meter.start()
         try:
-            yield
+            with watchdog.phase(name):
+                yield
         finally:
             self._in_stage = False
             if self._meter is not None:

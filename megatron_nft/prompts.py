@@ -37,6 +37,12 @@ class PromptSet:
         return self.prompts[index]
 
     @property
+    def told(self) -> str:
+        """What was dropped, to be put behind a number: " (dropped: too_long 3)"; nothing where nothing was."""
+        dropped = ", ".join(f"{reason} {number}" for reason, number in self.dropped.items() if number)
+        return f" (dropped: {dropped})" if dropped else ""
+
+    @property
     def fingerprint(self) -> str:
         """A hash of all questions and golds in their order. Chat template and instruction are not part of it."""
         digest = hashlib.sha256()

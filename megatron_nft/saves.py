@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from megatron_nft import policy
+from megatron_nft import policy, watchdog
 from megatron_nft.config import Config, dataset_name
 from megatron_nft.errors import UserError
 from megatron_nft.logbook import Logbook, duration
@@ -62,6 +62,7 @@ class Saves:
             return
         self.failed = saved if saved.problem else None
         name = saved.directory.name
+        watchdog.beat()
         if saved.problem:
             self.log.note(f"{name} could not be saved, the run goes on without: {saved.problem}")
             return

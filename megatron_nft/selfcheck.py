@@ -30,7 +30,8 @@ class SelfCheck:
         self._first = True
         self._tolerance = config.rollout.logprob_tolerance
         if self._tolerance is None:
-            self._tolerance = FP8_TOLERANCE if config.model.fp8 else TOLERANCE[policy.precision_of(config.model.precision)]
+            fp8 = config.model.fp8 or config.rollout.quantization or config.rollout.kv_cache_dtype != "auto"
+            self._tolerance = FP8_TOLERANCE if fp8 else TOLERANCE[policy.precision_of(config.model.precision)]
 
     def after_sync(self, step: int) -> dict[str, float]:
         """Check, where it is due, the weights of `step`. A collective. Returns what was measured.

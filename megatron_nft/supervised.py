@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_nft import batching, objectives, policy, prompts, saves
+from megatron_nft import batching, objectives, policy, prompts, saves, watchdog
 from megatron_nft.config import Config, save
 from megatron_nft.errors import UserError
 from megatron_nft.logbook import Logbook, held
@@ -52,6 +52,7 @@ def _train(config: Config, stop: StopRequest, resume_from: Path | None, examples
     if first_step:
         log.note(f"resumed after step {first_step}")
     stop.begin()
+    watchdog.reach("step")
     for step in range(first_step + 1, config.sft.steps + 1):
         with log.stage("batching"):
             chosen = [examples[i] for i in draw(len(examples), config.sft.sequences_per_update, step, config.seed)]
@@ -73,6 +74,7 @@ def _train(config: Config, stop: StopRequest, resume_from: Path | None, examples
             log.close()
             policy.shutdown()
             raise Stopped(f"stopped on request after step {step}, saved; the same command goes on")
+    watchdog.reach("end")
     kept.end()
     if config.checkpoint.export:
         model.export(run_dir / "huggingface")

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from megatron_nft import batching, evaluation, objectives, policy, prompts, rollout, saves
+from megatron_nft import batching, evaluation, objectives, policy, prompts, rollout, saves, watchdog
 from megatron_nft.config import Config, max_model_len, save
 from megatron_nft.errors import UserError
 from megatron_nft.logbook import Logbook, check_writable, held, remove_later
@@ -83,6 +83,7 @@ def check_together(config: Config) -> None:
             "raise it, or lower one of them",
         )
     rollout.check_world(config.rollout, policy.world_size())
+    rollout.check(config.rollout)
     check_writable(config.run_dir)
 
 
@@ -124,6 +125,7 @@ class Run:
         self._open.callback(self.sampler.close)
         if self.engine.rounds_head:
             self.log.note("this vLLM rounds its logits to 16 bits (it has no head_dtype), the trainer does not: watch logprob_difference")
+        self.engine.scale_cache_by(given.prompts.prompts)
         if loaded:
             self.sampler.load(self.state["sampler"], loaded)
             self.carried = self.sampler.carried()
@@ -158,7 +160,7 @@ class Run:
             meter=policy.PeakMemory(),
             row=self.state.get("row"),
         )
-        log.note(f"{len(self.cursor.prompts)} prompts; {policy.kernels(config)}")
+        log.note(f"{len(self.cursor.prompts)} prompts{self.cursor.prompts.told}; {policy.kernels(config)}")
         if self.first_step:
             log.note(f"resumed after step {self.first_step}")
         return log
@@ -166,6 +168,7 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The rollout steps that are left: up to train.steps, or until train.sampled_tokens have been sampled."""
         self.stop.begin()
+        watchdog.reach("step")
         step = self.first_step
         owed = self.state.pop("row", None) is not None
         if owed or (step == 0 and self.config.evaluation.interval and self.validation):
@@ -192,7 +195,7 @@ class Run:
         self.log.count_as("rewards", result.reward_seconds)
         tokens = result.statistics["sampled_tokens"]
         self.tokens += tokens
-        self.log.add({f"train/{name}": value for name, value in result.statistics.items()}, tokens=tokens)
+        self.log.add({f"train/{name}": value for name, value in result.statistics.items()} | result.engines, tokens=tokens)
         if self.config.rollout.save and self.engine.is_first:
             path = rollout.rollout_path(self.run_dir, step, self.engine.index, self.engine.count)
             rollout.write_rollouts(path, step, result.groups)
@@ -285,7 +288,7 @@ class Run:
         return f"stopped on request after step {step}, saved; the same command goes on"
 
     def _save(self) -> None:
-        if self.config.train.offload != "none":
+        if self.policy.returns_to_be_saved:
             self.engine.sleep(level=1)  # what left the GPU comes back to be written, and needs the room
         step, scores = self.validated
         more = partial(self.sampler.write_carried, groups=self.carried)
@@ -293,6 +296,7 @@ class Run:
 
     def finish(self) -> None:
         """Export the model, write the report, print the table. Raises UserError where the last checkpoint could not be saved."""
+        watchdog.reach("end")
         self.saves.end()
         if self.config.checkpoint.export:
             self.policy.export(self.run_dir / "huggingface")

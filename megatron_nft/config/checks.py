@@ -3,9 +3,9 @@
 import math
 import re
 
-from megatron_nft.config import megatron
+from megatron_nft.config import engine, megatron
 from megatron_nft.config.objective import AUTHORS_DAPO, OWN_SETTINGS, POLICY_GRADIENT, PUBLISHED
-from megatron_nft.config.settings import Config, value_of
+from megatron_nft.config.settings import PHASES, Config, value_of
 from megatron_nft.errors import UserError
 
 
@@ -40,6 +40,8 @@ def _check_pairs(config: Config) -> None:
     _check_order(config)
     _check_served(config)
     _check_batches(config)
+    _check_watchdog(config)
+    engine.check(config)
     megatron.check(config)
 
 
@@ -175,6 +177,14 @@ def _check_batches(config: Config) -> None:
         )
 
 
+def _check_watchdog(config: Config) -> None:
+    for name, seconds in config.train.watchdog_phases.items():
+        if name not in PHASES:
+            raise UserError(f"train.watchdog_phases names {name!r}", f"use {', '.join(PHASES)}")
+        if seconds < 0:
+            raise UserError(f"train.watchdog_phases.{name} is {seconds}", "use seconds, 0 for no limit")
+
+
 _CHOICES = {
     "model.precision": ("auto", "bf16", "fp16", "fp32"),
     "model.fp8": (None, "hybrid", "e4m3"),
@@ -190,7 +200,8 @@ _CHOICES = {
     "rollout.unfinished": ("resume", "drop"),
     "reward.truncated": ("wrong", "mask", "drop"),
     "train.old_logprobs": ("recompute", "rollout"),
-    "train.offload": ("none", "gradients", "optimizer", "all"),
+    "train.offload": (None, "none", "gradients", "optimizer", "all"),
+    "rollout.cudagraph_mode": (None, "NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"),
     "train.recompute_granularity": (None, "full", "selective"),
     "train.recompute_method": (None, "uniform", "block"),
     "optimizer.main_grads_dtype": ("fp32", "bf16"),
@@ -250,6 +261,7 @@ _LEAST = {
     "model.num_layers_at_end_in_bf16": 0,
     "train.recompute_num_layers": 1,
     "train.steps": 0,
+    "train.watchdog_timeout": 0,
     "train.sampled_tokens": 1,
     "train.prompts_per_update": 1,
     "train.tokens_per_micro_batch": 1,

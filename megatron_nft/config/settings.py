@@ -100,6 +100,7 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int = 512  # of an answer
+    stop: list[Any] = field(default_factory=list)  # strings that end an answer, which keeps them; the model's end tokens do so in any case
     dynamic_sampling: bool = True  # train on mixed groups only, as many prompts being sent as that takes; false: on all of prompts_per_step
     max_prompts_per_step: int | None = None  # then train on what there is; default: 8 x prompts_per_step
     # prompt: as if one prompt were answered after the other; the same whatever the number of engines, and bit for bit after a resume
@@ -114,7 +115,7 @@ class RolloutConfig:
     # the sampler's weights are compared with the trainer's after the first sync and those of steps 1 to 5, then every so many steps;
     # 0: after the first alone
     check_sync_interval: int = 10
-    # mean |log-prob difference| of fixed tokens that is let pass; default 1e-4 in fp32, 0.1 in bf16 and fp16, 0.5 with fp8
+    # mean |log-prob difference| of fixed tokens that is let pass; default 1e-4 in fp32, 0.1 in bf16 and fp16, 0.5 with FP8 on any side
     logprob_tolerance: float | None = None
     # the engine: vLLM's names
     tensor_parallel_size: int = 1
@@ -122,7 +123,16 @@ class RolloutConfig:
     max_num_seqs: int = 512
     max_num_batched_tokens: int = 16384  # on CPU no prompt may be split, so keep it above max_prompt_length
     cpu_kvcache_space: int = 2  # GiB, CPU only
-    enforce_eager: bool = False
+    enable_prefix_caching: bool | None = None  # None here and below: as vLLM has it
+    enable_chunked_prefill: bool | None = None  # not on CPU
+    enforce_eager: bool = False  # no CUDA graphs, nothing compiled; always so on CPU
+    cudagraph_mode: str | None = None  # NONE | PIECEWISE | FULL | FULL_DECODE_ONLY | FULL_AND_PIECEWISE
+    quantization: str | None = None  # fp8: weights are quantised as they arrive, at every sync; CUDA only
+    kv_cache_dtype: str = "auto"  # auto | fp8 | fp8_e5m2, or another of vLLM's
+    calculate_kv_scales: bool = True  # with fp8: from the first prompts, after every sync; false: 1.0
+    # drafts that the model checks: {method: ngram, prompt_lookup_max: 4, num_speculative_tokens: 4} | {method: eagle3, model: DIR, ...}
+    speculative_config: dict[str, Any] = field(default_factory=dict)
+    vllm: dict[str, Any] = field(default_factory=dict)  # any other field of vLLM's EngineArgs
     # MiB of whole tensors that go to the engine in one buffer; a rank needs twice this (or the largest tensor) while weights are synced
     update_weights_bucket_megabytes: int = 256
     served: ServedConfig = field(default_factory=ServedConfig)
@@ -205,13 +215,22 @@ class TrainConfig:
     old_logprobs: str = "recompute"
     # of that pass, which keeps no activations: as many micro-batches at a time as fit; None: one
     logprob_tokens_per_micro_batch: int | None = None
-    # what leaves the GPU while vLLM generates: none | gradients | optimizer: these and its state | all: these and the parameters
-    offload: str = "none"
+    # what leaves the GPU while vLLM generates: none | gradients, which cost nothing: they are freed | optimizer: these and its state |
+    # all: these and the parameters; default: gradients with CUDA, none without
+    offload: str | None = None
     # activations that the backward pass makes again: Megatron's names
     recompute_granularity: str | None = None  # None | full: whole layers | selective: recompute_modules
     recompute_method: str | None = None  # of full: uniform (default): in runs of recompute_num_layers | block: the first so many
     recompute_num_layers: int | None = None  # of full; default 1
     recompute_modules: list[str] | None = None  # of selective: core_attn (default), layernorm, mlp, moe, moe_act, shared_experts
+    # seconds that a phase may go without progress (a scheduler step, a micro-batch, a tensor); then the process says where it hangs and
+    # ends; 0: never. Loading and saving a large model on a slow file system are the longest.
+    watchdog_timeout: int = 3600
+    watchdog_phases: dict[str, int] = field(default_factory=dict)  # another limit for some phases (PHASES), e.g. {start: 7200}
+
+
+# what train.watchdog_phases may name: the stages of a step, what is between them, and what is before the first and after the last
+PHASES = ("start", "step", "generate", "batching", "old_logprobs", "train", "sync", "validate", "checkpoint", "end")
 
 
 @dataclass

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from megatron_nft.config import Config, ParallelConfig
+from megatron_nft.config import Config, ParallelConfig, max_answer_length
 from megatron_nft.errors import UserError
 from megatron_nft.policy import manifest, settings, topology, versions
 from megatron_nft.policy.layers import PackedAttention, RMSNorm
@@ -32,9 +32,10 @@ def check(config: Config, window: int) -> None:
     _check_kind(hf)
     topology.check(config.parallel, topology.world_size())
     if window > hf["max_position_embeddings"]:
+        answers = "rollout.max_tokens" if config.rollout.max_tokens == max_answer_length(config) else "evaluation.max_tokens"
         raise UserError(
-            f"data.max_prompt_length and rollout.max_tokens (or evaluation.max_tokens) add up to {window} tokens, the model's window is "
-            f"{hf['max_position_embeddings']}",
+            f"data.max_prompt_length ({config.data.max_prompt_length}) and {answers} ({max_answer_length(config)}) are together more than "
+            f"the model's window ({hf['max_position_embeddings']} tokens, max_position_embeddings)",
             "lower one of them",
         )
     rope_settings(hf)

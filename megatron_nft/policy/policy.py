@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_nft import watchdog
 from megatron_nft.batching import Layout, Plan, TrainingAnswer, join, pack, split
 from megatron_nft.config import Config, ObjectiveConfig
 from megatron_nft.errors import UserError
@@ -195,6 +196,7 @@ class Policy:
     def _forward(self, batch: Batch, chunk, on_output):
         from megatron.core.packed_seq_params import PackedSeqParams
 
+        watchdog.beat()
         packed = PackedSeqParams("thd", batch.cu_seqlens, batch.cu_seqlens, max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen)
         packed.places = places = _places(batch)
         output = chunk(batch.tokens[None, places.own], batch.positions[None, places.own], None, packed_seq_params=packed)
@@ -231,13 +233,23 @@ class Policy:
 
     def offload(self) -> None:
         """Move what config.train.offload names off the device. Whatever needs it next brings it back, bit for bit."""
-        self._offload.leave(LEVELS[self.config.train.offload])
+        self._offload.leave(self._leaving)
+
+    @property
+    def _leaving(self) -> tuple[str, ...]:
+        """train.offload; gradients, which are freed and not copied, cost nothing and leave a GPU by default."""
+        return LEVELS[self.config.train.offload or ("gradients" if torch.cuda.is_available() else "none")]
+
+    @property
+    def returns_to_be_saved(self) -> bool:
+        """Whether a checkpoint needs on the device what offload() moves off it: gradients are in none."""
+        return set(self._leaving) > {"gradients"}
 
     def hand_over(self) -> Iterator[Bucket]:
         """weights() in buckets, for a sampler on the same device: all but the parameters leaves first. They leave by offload() when the
         sampler is done with the stream. It may keep tensors beyond the end, as vLLM does: a bucket's memory is then not used again."""
         if self._offload is not None:
-            self._offload.leave(kind for kind in LEVELS[self.config.train.offload] if kind != "parameters")
+            self._offload.leave(kind for kind in self._leaving if kind != "parameters")
         self.gather_parameters()
         return self._buckets(versions.values_of)
 
@@ -285,6 +297,7 @@ class Policy:
     @torch.no_grad()
     def _fill(self, source: HuggingFaceWeights | TorchDistWeights) -> None:
         for name, parameter in self._all_parameters():
+            watchdog.beat()
             wanted = "embedding.word_embeddings.weight" if self._is_tied_copy(name) else name
             local = self.table.to_megatron(wanted, source.get, *self.topology.slice_of(expert_number(name) is not None))
             if local.shape != parameter.shape:
@@ -321,6 +334,8 @@ class Policy:
         from here on is not in it. finish_save() has to be called before the next one is started. `then` is called on the first rank when
         the checkpoint is complete, in the thread that writes. `more` is called on every rank in that thread: given the directory, it
         writes further files there and names them."""
+        if self._offload is not None:
+            self._offload.come_back(("optimizer",))
         self.gather_parameters()
         checkpoint.start(self._saver, directory, self, state, then, more)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from megatron_nft.config import Config, max_model_len
+from megatron_nft.rollout.arguments import check, command_line, engine_arguments
 from megatron_nft.rollout.asynchronous import ServedSampler
 from megatron_nft.rollout.engine import Engine, Request, check_world
 from megatron_nft.rollout.record import read_rollouts, rollout_path, write_rollouts
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from megatron_nft.rewards.judge import Judge
 
 __all__ = [
-    "Engine", "Request", "Rollout", "Sampler", "ServedEngine", "ServedSampler", "check_world", "read_rollouts", "rollout_path", "start",
-    "write_rollouts",
+    "Engine", "Request", "Rollout", "Sampler", "ServedEngine", "ServedSampler", "check", "check_world", "command_line",
+    "engine_arguments", "read_rollouts", "rollout_path", "start", "write_rollouts",
 ]  # fmt: skip
 
 

@@ -17,15 +17,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_nft import watchdog
 from megatron_nft.checksums import Checksum
 from megatron_nft.config import RolloutConfig
 from megatron_nft.errors import UserError
-from megatron_nft.rollout import loaded
+from megatron_nft.rollout import kv_scales, loaded
+from megatron_nft.rollout.arguments import engine_arguments, has_draft_model
 from megatron_nft.rollout.settings import (
     Request,
-    cpu_arguments,
     generators_kept,
-    gpu_arguments,
+    mend_expansion,
     name_shared_memory,
     repack_experts,
     repack_head,
@@ -34,8 +35,9 @@ from megatron_nft.rollout.settings import (
     set_environment,
     tame,
 )
+from megatron_nft.rollout.throughput import Throughput
 from megatron_nft.stopping import Stopped
-from megatron_nft.trajectories import Response
+from megatron_nft.trajectories import Prompt, Response
 from megatron_nft.weights import Bucket, is_checkpoint, load_weights, read_buckets
 
 ASK_EVERY = 8  # scheduler steps: a fraction of a second, against a reduction over all ranks
@@ -94,24 +96,23 @@ class Engine:
             token = [uuid.uuid4().hex]
             dist.broadcast_object_list(token, group=self._group)
             name_shared_memory(token[0])
+        if rollout.speculative_config and not self._on_gpu:
+            mend_expansion()
         with generators_kept():
             self._llm = LLM(
-                model=model_path,
-                dtype={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision],
-                hf_overrides={"head_dtype": "float32"},  # logits in float32, as the trainer's are
-                seed=seed,
+                **engine_arguments(rollout, model_path, max_model_len, precision, seed),
                 distributed_executor_backend="external_launcher",
-                tensor_parallel_size=tp,
                 data_parallel_size=self.count,
-                max_model_len=max_model_len,
-                max_num_seqs=rollout.max_num_seqs,
-                logprobs_mode="processed_logprobs",  # of what was sampled: after temperature and top_p
+                enable_sleep_mode=self._on_gpu,
+                disable_log_stats=False,
                 use_tqdm_on_load=False,
-                load_format="dummy" if is_checkpoint(model_path) else "auto",  # vLLM cannot read a checkpoint
-                **(gpu_arguments(rollout) if self._on_gpu else cpu_arguments(rollout, max_model_len)),
             )
         self._engine = self._llm.llm_engine
         tame(self._engine)
+        self.throughput = Throughput(self._engine)
+        self._has_draft = has_draft_model(rollout.speculative_config)
+        self._scaled = rollout.calculate_kv_scales and rollout.kv_cache_dtype in kv_scales.DTYPES
+        self._scales_from: list[list[int]] = []
         self._tied = self._llm.model_config.hf_config.tie_word_embeddings
         self.names = frozenset(load_weights(model_path).names())
         self._tokenizer = self._llm.get_tokenizer()
@@ -213,15 +214,23 @@ class Engine:
         all, and to the last ones beyond the end. vLLM's own reload keeps repacked and quantised layers right. The prefix cache, filled by
         the old weights, is emptied. Raises RuntimeError for a stream that leaves tensors out (vLLM itself would keep the old ones).
         """
+        with self.throughput.timed("sync"):
+            self._reload(buckets)
+            self._measure_scales()
+        self.weight_version = version
+
+    def _reload(self, buckets: Iterator[Bucket]) -> None:
         missing = set(self.names)
 
         def counted(named: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
             missing.discard(named[0])
+            watchdog.beat()
             return named
 
         weights = map(counted, chain.from_iterable(map(methodcaller("tensors"), buckets)))  # keeps no bucket while the next one is made
         if self._asleep:
-            self._engine.wake_up(["weights"])
+            with self.throughput.timed("wake"):
+                self._engine.wake_up(["weights"])
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if missing:
             raise RuntimeError(f"{len(missing)} tensors are missing from the weight stream, e.g. {min(missing)}")
@@ -230,14 +239,33 @@ class Engine:
         if self._tied and not self._on_gpu:
             self._llm.apply_model(repack_head)
         if self._asleep:
-            self._engine.wake_up(["kv_cache"])  # only now: the stream's own buffers are free again
+            with self.throughput.timed("wake"):
+                self._engine.wake_up(["kv_cache"])  # only now: the stream's own buffers are free again
         self._reset_prefix_cache()
-        self._asleep, self.weight_version = 0, version
+        self._asleep = 0
+
+    def scale_cache_by(self, prompts: list[Prompt]) -> None:
+        """Take an FP8 cache's scales from the keys and values of the first of these prompts: now, and after each sync. Nothing where the
+        cache has no scales. Every rank gives the same prompts, each shorter than max_model_len."""
+        self._scales_from = [list(prompt.token_ids) for prompt in prompts[: kv_scales.SEQUENCES]]
+        if not self._asleep:
+            self._measure_scales()
+
+    def _measure_scales(self) -> None:
+        if not (self._scaled and self._scales_from):
+            return
+        full_graphs = self._engine.vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        [measuring] = self._llm.apply_model(partial(kv_scales.Measuring, full_graphs=full_graphs))
+        self.token_logprobs(self._scales_from)
+        measuring.finish()
 
     def sleep(self, level: int = 2) -> None:
-        """Give the GPU's memory back between phases: level 2 drops the weights (only sync wakes it), level 1 keeps them on the host."""
+        """Give the GPU's memory back between phases: level 2 drops the weights (only sync wakes it), level 1 keeps them on the host. A
+        model that drafts, which no sync fills, is kept: level 1 for both."""
         if self._on_gpu and not self._asleep:
-            self._engine.sleep(level)
+            level = 1 if self._has_draft else level
+            with self.throughput.timed("sleep"):
+                self._engine.sleep(level)
             self._asleep = level
 
     def wake(self) -> None:
@@ -245,7 +273,8 @@ class Engine:
         if self._asleep == 2:
             raise RuntimeError("an engine asleep at level 2 has no weights: wake it with sync()")
         if self._asleep:
-            self._engine.wake_up()
+            with self.throughput.timed("wake"):
+                self._engine.wake_up()
             self._asleep = 0
 
     def added(self, values: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_nft.checksums import Checksum, bit_sum
 
+QUANTISED = 0.2  # relative error of a product of FP8 numbers, which is some 0.04; another tensor's is 1.4
 EXPERTS = re.compile(r"(?P<path>.*\.mlp\.experts)\..*?(?P<kind>w13|w2)_weight$")
 EXPERT_PARTS = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}
 
@@ -37,7 +38,8 @@ def checksums(model: nn.Module, names: list[str]) -> dict[frozenset[str], Checks
 
 def differs(model: nn.Module, name: str, full: Tensor) -> bool:
     """Whether this rank's part of a Hugging Face tensor is another than `full`'s: bit for bit where it is plain, by the product with a
-    fixed vector where it is packed. False for what is not looked into: experts, and what vLLM has under another name."""
+    fixed vector where it is packed, or roughly so where it is quantised. False for what is not looked into: experts, and what vLLM has
+    under another name."""
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for fused, parts in _packed(model).items():
         for number, part in enumerate(parts):
@@ -50,11 +52,14 @@ def differs(model: nn.Module, name: str, full: Tensor) -> bool:
 
 def _linear_differs(module: nn.Module, parameter: nn.Parameter, number: int, full: Tensor) -> bool:
     """Of the tensor that is the `number`th of those fused in the parameter."""
-    wanted, rows = _part(module, number, full.detach().to(parameter.device, parameter.dtype))
-    if parameter.numel():
+    quantised = parameter.dtype.itemsize == 1
+    wanted, rows = _part(module, number, full.detach().to(parameter.device, full.dtype if quantised else parameter.dtype))
+    if parameter.numel() and not quantised:
         return not torch.equal(parameter.data[rows], wanted)
     probe = torch.randn(1, wanted.shape[1], generator=torch.Generator().manual_seed(0)).to(wanted)
     product, exact = module.quant_method.apply(module, probe)[0, rows].float(), wanted.double() @ probe[0].double()
+    if quantised:
+        return not bool((product - exact).norm() <= QUANTISED * exact.norm())
     rounding = torch.finfo(parameter.dtype).eps * exact.abs()  # of the result; sums are made in float32 at least
     tolerance = 2 * rounding + 16 * torch.finfo(torch.float32).eps * (wanted.double().abs() @ probe[0].double().abs())
     return bool(((product - exact).abs() > tolerance).any())

@@ -336,7 +336,7 @@ class Queue:
         rollout = self._rollout
         return [
             Request(prompt.token_ids, rollout.temperature, rollout.top_p, rollout.max_tokens,
-                    seed_of(self._seed, step, prompt.source, prompt.id, sample))
+                    seed_of(self._seed, step, prompt.source, prompt.id, sample), tuple(rollout.stop))
             for sample in range(first, first + rollout.n)
         ]  # fmt: skip
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_nft.config import Config
+from megatron_nft.rollout import endings, throughput
 from megatron_nft.rollout.engine import ASK_EVERY, Engine
 from megatron_nft.rollout.queue import Queue, Taken
 from megatron_nft.rollout.record import read_rollouts, write_rollouts
@@ -39,6 +40,7 @@ class Rollout:
     statistics: dict[str, float]  # over all engines, the same on every rank
     reward_seconds: float  # waited for verdicts, the longest of the engines
     warnings: list[str] = field(default_factory=list)
+    engines: dict[str, float] = field(default_factory=dict)  # rates, counts and seconds of the engines, the same on every rank
 
 
 class Sampler:
@@ -61,6 +63,7 @@ class Sampler:
         """Sample until rollout.prompts_per_step groups are mixed, or no more prompts may be sent; with dynamic_sampling false, so many
         prompts are sent and every group that has an answer is kept. A collective call. Raises Stopped where the run is asked to stop."""
         self._queue.begin(step, self._engine.weight_version)
+        self._engine.throughput.begin()
         self._verdicts.seconds, self._tokens, skipped, ticks, used = 0.0, 0, self._cursor.skipped, 0, 0
         while True:
             if ticks % ASK_EVERY == 0 and self._engine.asked_to_stop():
@@ -217,18 +220,20 @@ class Sampler:
         first, mine = self._engine.is_first, self._engine.index
         version = self._engine.weight_version
         own = [summarise(g.group(), g.responses, version) for g in taken.decided if first and g.holder == mine]
-        gathered = self._engine.gather((own, self._tokens, self._verdicts.seconds))
-        summaries = sorted((summary for some, _, _ in gathered for summary in some), key=lambda summary: summary.position)
+        gathered = self._engine.gather((own, self._tokens, self._verdicts.seconds, self._engine.throughput.take()))
+        summaries = sorted((summary for some, *_ in gathered for summary in some), key=lambda summary: summary.position)
         numbers = statistics(summaries, {group.key for group in taken.kept}) | {
             "surplus_groups": len(taken.surplus),
             "hopeless_groups": len(taken.hopeless),
             "stale_groups": len(taken.stale),
             "carried_groups": len(self._queue.carried()),
-            "sampled_tokens": sum(tokens for _, tokens, _ in gathered),
+            "sampled_tokens": sum(tokens for _, tokens, *_ in gathered),
         }
         groups = [group.group() for group in taken.kept if first and group.holder == mine]
-        waited = max(seconds for _, _, seconds in gathered)
-        return Rollout(groups, numbers, waited, [] if enough else [self._warning(taken)])
+        waited = max(seconds for _, _, seconds, _ in gathered)
+        warnings = [] if enough else [self._warning(taken)]
+        warnings += endings.warnings(sum(s.truncated for s in summaries), sum(s.sampled for s in summaries), self._rollout)
+        return Rollout(groups, numbers, waited, warnings, throughput.over_engines([measured for *_, measured in gathered]))
 
     def _warning(self, taken: Taken) -> str:
         kept, usable, wanted = len(taken.kept), len(taken.kept) + len(taken.surplus), self._rollout.prompts_per_step

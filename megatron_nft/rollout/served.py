@@ -19,7 +19,7 @@ from megatron_nft.errors import UserError
 from megatron_nft.rollout.fleet import Fleet, Inbox, NoServer
 from megatron_nft.rollout.settings import Request, set_environment
 from megatron_nft.stopping import Stopped
-from megatron_nft.trajectories import Response
+from megatron_nft.trajectories import Prompt, Response
 from megatron_nft.weights import Bucket, load_weights, read_json
 
 PERIOD = 1.0  # seconds that rank 0 waits until it asks whether the run is to stop
@@ -147,6 +147,9 @@ class ServedEngine:
 
     def wake(self) -> None:
         """Nothing, as sleep."""
+
+    def scale_cache_by(self, prompts: list[Prompt]) -> None:
+        """Nothing: a server's FP8 cache keeps the scales that vLLM gives it."""
 
     # ---- ranks
 

@@ -18,14 +18,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import megatron_nft
 from megatron_nft.config import Config, max_model_len
 from megatron_nft.errors import UserError
-from megatron_nft.rollout.settings import cpu_arguments, gpu_arguments, set_environment
+from megatron_nft.rollout.arguments import check, command_line, engine_arguments
+from megatron_nft.rollout.settings import set_environment
 from megatron_nft.rollout.wire import backend
-from megatron_nft.weights import is_checkpoint, load_weights
+from megatron_nft.weights import load_weights
 
 MODEL = "policy"  # the served model's name
 STEADY = 60.0  # seconds that a server answers until its earlier deaths are forgotten
@@ -41,6 +40,7 @@ def serve(config: Config, precision: str) -> None:
     times in a row.
     """
     load_weights(config.model.path)
+    check(config.rollout)
     set_environment(config.rollout)
     server = Server(config, precision)
     with _asked_to_end() as asked:
@@ -145,49 +145,21 @@ class Server:
 
     def command(self) -> list[str]:
         """The server's command line."""
-        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags(arguments(self._config, self._precision)),
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *command_line(arguments(self._config, self._precision)),
                 "--host", self._settings.host, "--port", str(self._port)]  # fmt: skip
 
 
 def arguments(config: Config, precision: str) -> dict[str, Any]:
-    """The server's settings, under vLLM's names: those of a colocated engine, and what serving needs."""
-    rollout, path, window = config.rollout, config.model.path, max_model_len(config)
-    of_device = gpu_arguments(rollout) if torch.cuda.is_available() else cpu_arguments(rollout, window)
-    of_device.pop("enable_sleep_mode", None)  # the server has its GPUs to itself
+    """The server's settings, under vLLM's names: those of any engine that samples for training, and what serving needs."""
     return {
-        "model": path,
+        **engine_arguments(config.rollout, config.model.path, max_model_len(config), precision, config.seed),
         "served_model_name": MODEL,
-        "dtype": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision],
-        "hf_overrides": {"head_dtype": "float32"},
-        "seed": config.seed,
-        "tensor_parallel_size": rollout.tensor_parallel_size,
-        "max_model_len": window,
-        "max_num_seqs": rollout.max_num_seqs,
-        "logprobs_mode": "processed_logprobs",
-        "load_format": "dummy" if is_checkpoint(path) else "auto",  # a checkpoint's weights come from the trainer
-        "stream_interval": rollout.served.stream_interval,
+        "stream_interval": config.rollout.served.stream_interval,
         "enable_scale_out": True,
         "disable_uvicorn_access_log": True,
         "weight_transfer_config": {"backend": backend()},
         "worker_extension_cls": "megatron_nft.rollout.transfer.Extension",
-        **of_device,
     }
-
-
-def flags(settings: dict[str, Any]) -> list[str]:
-    """vLLM's settings as words of a command line.
-
-    >>> flags({"max_model_len": 8, "enforce_eager": True, "enable_chunked_prefill": False, "quantization": None})
-    ['--max-model-len', '8', '--enforce-eager', '--no-enable-chunked-prefill']
-    """
-    words: list[str] = []
-    for name, value in settings.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            words += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
-    return words
 
 
 def _environment() -> dict[str, str]:

@@ -24,7 +24,7 @@ class Request:
     top_p: float
     max_tokens: int
     seed: int
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()  # strings that end it; it keeps them
 
 
 def sampling_params(request: Request) -> Any:
@@ -38,7 +38,9 @@ def sampling_params(request: Request) -> Any:
         seed=None if request.temperature == 0 else request.seed,
         logprobs=0,  # the sampled token's only
         flat_logprobs=True,
-        detokenize=False,  # the text is decoded once, at the end
+        stop=list(request.stop),
+        include_stop_str_in_output=True,
+        detokenize=bool(request.stop),  # otherwise the text is decoded once, at the end
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
@@ -90,6 +92,18 @@ def name_shared_memory(token: str) -> None:
     shared.make_group_name = staticmethod(lambda communicator: f"{named(communicator)}-{token}")
 
 
+def mend_expansion() -> None:
+    """Give vLLM 0.32 on the CPU a function for numbers of answers as numbers of their drafted tokens: its own turns them into integers on
+    the way, and leaves a temperature or top_p what the memory held before."""
+    from vllm.utils import cpu_triton_utils
+
+    def expand(output: torch.Tensor, numbers: torch.Tensor, ends: torch.Tensor, replace_from, replace_to, *_, **__) -> None:
+        numbers = torch.where(numbers == replace_from, torch.full_like(numbers, replace_to), numbers)
+        output.copy_(numbers.repeat_interleave(torch.diff(ends, prepend=ends.new_zeros(1))))
+
+    cpu_triton_utils._expand_kernel_impl = expand  # before an engine starts, which takes the functions from there
+
+
 def tame(engine: Any) -> None:
     """Take from a started vLLM engine what does not fit a process that is not its own."""
     # When its engine core is collected, 0.32 ends torch.distributed, which belongs to the caller (0.26 has no such finalizer).
@@ -122,21 +136,3 @@ def rounds_head(model: torch.nn.Module) -> bool:
     """
     head = getattr(model.logits_processor, "head_dtype", None) or model.lm_head.weight.dtype
     return head != torch.float32
-
-
-def gpu_arguments(rollout: RolloutConfig) -> dict[str, Any]:
-    return {
-        "enable_sleep_mode": True,
-        "gpu_memory_utilization": rollout.gpu_memory_utilization,
-        "max_num_batched_tokens": rollout.max_num_batched_tokens,
-        "enforce_eager": rollout.enforce_eager,
-    }
-
-
-def cpu_arguments(rollout: RolloutConfig, max_model_len: int) -> dict[str, Any]:
-    """On the CPU a prompt must never be split: a CPU generator cannot be set back by an offset, as vLLM does for a seeded one."""
-    return {
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(rollout.max_num_batched_tokens, max_model_len),
-        "enforce_eager": True,  # compiling costs more than it gains for the models a CPU can train
-    }

@@ -44,6 +44,9 @@ def main() -> None:
         model.offload()
         out["left"].append(bytes_of(model))
     out["after"] = {name: tensor.clone() for name, tensor in model.weights()}
+    model.offload()
+    if arguments["save"]:
+        model.save(Path(arguments["output"]).with_suffix(f".{config.train.offload}"), {})
     if topology.is_first:
         torch.save(out, arguments["output"])
     policy.shutdown()

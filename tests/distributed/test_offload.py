@@ -1,20 +1,26 @@
 """Parameters, gradients and optimizer state leave the device and come back bit for bit; on the CPU by the same code."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_nft.config import Config
+from megatron_nft.config.settings import TrainConfig
+from megatron_nft.policy import Policy
+from megatron_nft.policy.offload import LEVELS, Offload
 from tests.distributed.test_layouts import CONFIG
+from tests.end_to_end.runs import checkpoint_entries, differences
 from tests.support import run_ranks, tiny_model
 
 WORKER = Path(__file__).with_name("offload_worker.py")
 
 
-def run(tmp_path: Path, model: Path, ranks: int, *overrides: str) -> dict:
+def run(tmp_path: Path, model: Path, ranks: int, *overrides: str, save: bool = False) -> dict:
     config, output = tmp_path / "config.yaml", tmp_path / "out.pt"
     config.write_text(CONFIG.replace("unset", str(model)))
-    run_ranks(WORKER, ranks, {"config": str(config), "overrides": list(overrides), "output": str(output)}, tmp_path)
+    run_ranks(WORKER, ranks, {"config": str(config), "overrides": list(overrides), "output": str(output), "save": save}, tmp_path)
     return torch.load(output)
 
 
@@ -27,12 +33,34 @@ def model(tmp_path_factory) -> Path:
 def test_updates_are_the_same_to_the_last_bit(precision, ranks, model, tmp_path):
     """bf16: the optimizer's float32 copies are tensors of their own; fp32: views of the parameters."""
     overrides = [f"model.precision={precision}", "optimizer.lr=1e-3", *(["parallel.overlap_param_gather=true"] if ranks > 1 else [])]
-    plain, moved = (run(tmp_path, model, ranks, *overrides, f"train.offload={level}") for level in ("none", "all"))
+    plain, moved = (run(tmp_path, model, ranks, *overrides, f"train.offload={level}", save=ranks == 2) for level in ("none", "all"))
     assert moved["updates"] == plain["updates"] and moved["old"] == plain["old"]
     assert plain["before"].keys() == moved["after"].keys() == plain["after"].keys()
     for name, tensor in plain["after"].items():
         assert torch.equal(moved["after"][name], tensor), name
+    if ranks == 2:  # a checkpoint has all of it, wherever it is
+        assert not differences(*(checkpoint_entries(tmp_path / f"out.{level}") for level in ("none", "all")))
     assert all(min(sizes) > 0 for sizes in plain["left"]) and moved["left"] == [[0, 0, 0]] * 4
+
+
+def test_gradients_are_freed_and_never_copied():
+    """They leave a GPU by default, since that costs nothing: no byte of them goes to the host, and they come back as zeros."""
+    gradients, parameters = torch.ones(5), torch.ones(3)
+    buffer = SimpleNamespace(grad_data=gradients, param_data=parameters)
+    offload = Offload([SimpleNamespace(buffers=[buffer], expert_parallel_buffers=[])], None)
+    offload.leave(LEVELS["all"])
+    assert [kind for kind, _ in offload._host] == ["parameters"]
+    assert gradients.untyped_storage().nbytes() == parameters.untyped_storage().nbytes() == 0
+    offload.come_back()
+    assert gradients.tolist() == [0.0] * 5 and parameters.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize(("setting", "on_gpu", "leaves"), [(None, True, "gradients"), (None, False, "none"), ("all", False, "all")])
+def test_the_default(setting, on_gpu, leaves, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    model = Policy.__new__(Policy)
+    model.config = Config(train=TrainConfig(offload=setting))
+    assert model._leaving == LEVELS[leaves] and model.returns_to_be_saved == (leaves == "all")
 
 
 @pytest.mark.parametrize(("level", "stay"), [("gradients", [False, True, True]), ("optimizer", [False, True, False])])

@@ -2,7 +2,8 @@
 
 The signal falls `after` seconds after the beginning of a stage of a step ("written": after the end of its checkpoint stage, which is
 before the files are complete where saving goes on in the background). SIGKILL goes to every process of the run, as when a machine goes
-down; any other signal to this process, on the ranks named by "ranks" (all by default), as often as "times" says.
+down; any other signal to this process, on the ranks named by "ranks" (all by default), as often as "times" says. "HANG" is no signal:
+there the process makes no progress any more.
 """
 
 import json
@@ -33,6 +34,10 @@ def strike(number: int, after: float, times: int) -> None:
         time.sleep(0.05)
 
 
+def hang_here() -> None:
+    threading.Event().wait()
+
+
 def watch(stage: str, step: int, after: float, signal: str, ranks: list[int] | None = None, times: int = 1) -> None:
     """Patch the log, which knows the stages."""
     rank = int(os.environ.get("RANK", "0"))
@@ -49,9 +54,11 @@ def watch(stage: str, step: int, after: float, signal: str, ranks: list[int] | N
     def note_stage(log: Logbook, name: str):
         done = committed[-1] if committed else log.first_step
         now = done if name == "checkpoint" else done + 1
-        if (name, now) == (stage, step):
+        if (name, now) == (stage, step) and signal != "HANG":
             begin()
         with original(log, name):
+            if (name, now, signal) == (stage, step, "HANG"):
+                hang_here()
             yield
         if (name, now) == ("checkpoint", step) and stage == "written":
             begin()

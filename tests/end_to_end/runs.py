@@ -82,7 +82,8 @@ def rows(run_dir: Path) -> list[dict]:
 
 
 def without_times(row: dict) -> dict:
-    return {key: value for key, value in row.items() if key != "timestamp" and not key.startswith(("time/", "memory/", "checkpoint/"))}
+    of_the_machine = ("time/", "memory/", "checkpoint/", "engine/")
+    return {key: value for key, value in row.items() if key != "timestamp" and not key.startswith(of_the_machine)}
 
 
 def saved_step(run_dir: Path) -> int:

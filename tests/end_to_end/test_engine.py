@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -182,6 +183,21 @@ def test_finish_reasons_and_the_end_token(engine):
         assert (answer.token_ids[-1] == END) == (answer.finish_reason == "stop") and END not in answer.token_ids[:-1]
         assert len(answer.token_ids) == 40 if answer.finish_reason == "length" else len(answer.token_ids) <= 40
     assert {answer.finish_reason for answer in answers} == {"stop", "length"}
+
+
+def test_a_stop_string_ends_an_answer_which_keeps_it(engine):
+    """Found in the text, across tokens; one that never comes changes nothing; other answers of the batch go on."""
+    [whole] = engine.generate(requests(1, temperature=0.0))
+    assert len(whole.token_ids) == 40 and len(whole.text) > 20
+    string = whole.text[9:12]
+    asked = [replace(requests(1, temperature=0.0)[0], stop=stop) for stop in ((), ("never, never", string), ("never, never",))]
+    plain, stopped, never = engine.generate(asked)
+    assert plain == never == whole
+    assert stopped.finish_reason == "stop" and string in stopped.text
+    count = len(stopped.token_ids)
+    assert count < 40 and stopped.token_ids == whole.token_ids[:count]
+    assert stopped.logprobs == pytest.approx(whole.logprobs[:count], rel=0, abs=TOLERANCE)
+    assert string not in engine._tokenizer.decode(stopped.token_ids[:-1], skip_special_tokens=True)
 
 
 def test_answers_are_handed_over_as_they_finish(engine):

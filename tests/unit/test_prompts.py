@@ -167,6 +167,7 @@ def test_filters_drop_and_count(tmp_path, tokenizer):
     loaded = load_prompts([dataset], tokenizer, DataConfig(max_prompt_length=13))
     assert [prompt.id for prompt in loaded] == ["s/0", "s/7", "s/8"]
     assert loaded.dropped == {"empty": 2, "conflicting": 2, "duplicate": 1, "too_long": 1}
+    assert loaded.told == " (dropped: empty 2, conflicting 2, duplicate 1, too_long 1)" and PromptSet([], {"empty": 0}).told == ""
     assert len(loaded) + sum(loaded.dropped.values()) == len(rows)
 
 

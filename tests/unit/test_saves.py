@@ -20,7 +20,7 @@ class FakeModel:
     def __init__(self):
         self.full, self.under_way = False, None
 
-    def start_save(self, directory: Path, state: dict, then) -> None:
+    def start_save(self, directory: Path, state: dict, then, more=None) -> None:
         assert self.under_way is None
         self.under_way = directory, state, then
 

@@ -18,7 +18,7 @@ NAMES = {
     "objective.correction.level": (["token", "sequence", "geometric"], "word"),
     "reward.truncated": (["wrong", "mask", "drop"], "keep"),
     "train.old_logprobs": (["recompute", "rollout"], "none"),
-    "train.offload": (["none", "gradients", "optimizer", "all"], "params"),
+    "train.offload": ([None, "none", "gradients", "optimizer", "all"], "params"),
     "train.recompute_granularity": ([None, "full", "selective"], "layers"),
     "logging.wandb": (["disabled", "offline", "online"], "on"),
     "rollout.unfinished": (["resume", "drop"], "keep"),
@@ -29,7 +29,7 @@ LEASTS = {
     "objective.neg_weight": 0.0, "train.sampled_tokens": 1, "optimizer.lr": 0.0, "optimizer.weight_decay": 0.0, "rollout.temperature": 1e-3,
     "train.steps": 0, "reward.time_limit": 1, "evaluation.k": 0,
     "parallel.tensor_model_parallel_size": 1, "parallel.pipeline_model_parallel_size": 1, "rollout.max_tokens": 1,
-    "rollout.max_staleness": 0, "rollout.max_num_seqs": 1, "rollout.tensor_parallel_size": 1, "reward.workers": 1,
+    "rollout.max_staleness": 0, "train.watchdog_timeout": 0, "rollout.tensor_parallel_size": 1, "reward.workers": 1,
     "train.tokens_per_micro_batch": 1, "data.max_prompt_length": 1, "objective.reduction_constant": 1, "checkpoint.keep": 1,
     "sft.sequences_per_update": 1,
 }  # fmt: skip

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_nft.rollout import Request
@@ -46,6 +47,7 @@ class FakeEngine:
         self.running: dict[int, tuple[Request, int]] = {}  # by key, with the number of tokens so far
         self._length = length or (lambda prompt, sample: LENGTHS[prompt[0]])
         self.steps = 0
+        self.throughput = SimpleNamespace(begin=lambda: None, take=lambda: {"tokens_per_second": 1.0})
 
     def generate(self, requests: list[Request], on_finish: Callable[[int, Response], None]) -> list[Response]:
         responses = [None] * len(requests)

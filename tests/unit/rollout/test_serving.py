@@ -131,7 +131,7 @@ def test_a_server_knows_nothing_of_the_job_it_is_started_in(monkeypatch):
 
 def test_the_command_line_has_the_settings_of_an_engine(config, tmp_path):
     config.rollout.tensor_parallel_size, config.rollout.max_num_seqs, config.seed = 2, 7, 5
-    words = serving.flags(serving.arguments(config, "bf16"))
+    words = serving.command_line(serving.arguments(config, "bf16"))
     expected = {
         "--model": "some/model",
         "--dtype": "bfloat16",

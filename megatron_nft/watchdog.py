@@ -1,0 +1,184 @@
+"""Ends a process that makes no progress, and says where it hung: rank, phase, seconds, and the stacks of all threads.
+
+A thread looks whether the running phase has had a beat within its limit. A main thread that is stuck in C with the interpreter's lock
+never lets that thread run; for it there is faulthandler's timer, a C thread without the lock, which writes the stacks into the pipe of a
+small process of ours. That process knows the phase, and writes both where they belong.
+
+One watchdog a process: `phase`, `reach` and `beat` mean the one that is in force, and do nothing where there is none.
+"""
+
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Self
+
+EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
+STUCK_EXIT_CODE = 1  # where Python itself is stuck: faulthandler knows no other
+LOOKS = 10  # a limit: how often the thread looks
+LATE = 1.0  # seconds that the timer leaves to the thread, whose report has the better exit code
+_MARK = "\0"  # of a line that names the phase: no line of faulthandler's begins so
+
+
+class Watchdog:
+    """Watches this process while it is entered. It is always in a phase: "start" at first, then what `reach` and `phase` say."""
+
+    def __init__(self, limit_seconds: float, rank: int, run_dir: str | Path, phases: Mapping[str, float] | None = None):
+        """limit_seconds: how long a phase may go without a beat, 0: without end; phases: another limit for some, by name.
+
+        The stacks go to stderr and to run_dir/stacks-rank<rank>.txt.
+        """
+        self._limit, self._rank, self._phases = limit_seconds, rank, dict(phases or {})
+        self._file = Path(run_dir).absolute() / f"stacks-rank{rank}.txt"
+        self._names = ["start"]  # the running phase is the last; the first is what remains when all others have ended
+        self._last = time.monotonic()  # the last beat
+        self._watched: float | None = None  # the limit that thread and timer know
+        self._changed, self._ended = threading.Condition(), False
+
+    def __enter__(self) -> Self:
+        command = [sys.executable, "-I", "-S", __file__, str(self._file)]
+        self._helper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        self._out = self._helper.stdin.fileno()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        _current.append(self)
+        self.beat()
+        self._note()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _current.remove(self)
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        self._helper.stdin.close()
+        self._helper.wait()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What runs inside is the phase `name`; afterwards the one around it goes on, both with a fresh beat."""
+        self.beat()  # before the limit changes: the thread may look in between
+        self._names.append(name)
+        self._note()
+        try:
+            yield
+        finally:
+            self.beat()
+            self._names.pop()
+            self._note()
+
+    def reach(self, name: str) -> None:
+        """What runs outside of any `phase` is `name` from here on."""
+        self.beat()
+        self._names[0] = name
+        self._note()
+
+    def beat(self) -> None:
+        """Progress: the running phase has its whole limit again. Costs next to nothing."""
+        self._last = time.monotonic()
+
+    @property
+    def limit(self) -> float:
+        """Seconds without a beat that the running phase may take; 0: without end."""
+        return self._phases.get(self._names[-1], self._limit)
+
+    def _note(self) -> None:
+        """Another phase runs. Where its limit is another, the timer is set at once: this thread may be stuck before the other one
+        gets to it."""
+        self._tell_helper(f"{_MARK}{self._line(f'{self.limit:g}')}, stuck outside of Python\n")
+        if self.limit != self._watched:
+            self._set_timer()
+            with self._changed:
+                self._changed.notify()
+
+    def _tell_helper(self, line: str) -> None:
+        if self._out == sys.__stderr__.fileno():
+            return
+        try:
+            os.write(self._out, line.encode())
+        except BrokenPipeError:  # it was killed: the stacks alone, then
+            self._out, self._watched = sys.__stderr__.fileno(), None
+
+    def _line(self, seconds: str) -> str:
+        return f"megatron-nft: rank {self._rank}: phase {self._names[-1]}: no progress for {seconds} s"
+
+    def _set_timer(self) -> None:
+        """A whole limit after the next look: the beats until then do not reach the timer, and the last of them may be the last of all."""
+        self._watched = limit = self.limit
+        if limit:
+            faulthandler.dump_traceback_later(limit + limit / LOOKS + LATE, exit=True, file=self._out)
+        else:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        """The thread."""
+        with self._changed:
+            while not self._ended:
+                limit, quiet = self.limit, time.monotonic() - self._last
+                if limit and quiet >= limit:
+                    self._leave(quiet)
+                self._set_timer()
+                self._changed.wait(min(limit / LOOKS, limit - quiet) if limit else None)
+
+    def _leave(self, quiet: float) -> None:
+        line = self._line(f"{quiet:.0f}").encode() + b"\n"
+        try:
+            for to in (sys.__stderr__.fileno, self._open_file):
+                file = to()
+                os.write(file, line)
+                faulthandler.dump_traceback(file, all_threads=True)
+        finally:  # a full disk does not keep it alive
+            os._exit(EXIT_CODE)
+
+    def _open_file(self) -> int:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+
+_current: list[Watchdog] = []
+os.register_at_fork(after_in_child=_current.clear)  # a child is not watched
+
+
+def phase(name: str):
+    """Watchdog.phase of the watchdog in force."""
+    return _current[-1].phase(name) if _current else nullcontext()
+
+
+def reach(name: str) -> None:
+    """Watchdog.reach of the watchdog in force."""
+    if _current:
+        _current[-1].reach(name)
+
+
+def beat() -> None:
+    """Watchdog.beat of the watchdog in force."""
+    if _current:
+        _current[-1].beat()
+
+
+def _listen(file: str) -> None:
+    """The helper: reads which phase runs, until the pipe is closed, which is the end, or something else comes: stacks."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # launchers send them to all processes of a job; this one ends with the one it serves
+    phase_line = ""
+    for line in sys.stdin:
+        if not line.startswith(_MARK):
+            report = phase_line + line + sys.stdin.read()
+            sys.stderr.write(report)
+            with suppress(OSError):  # no room: it stands in stderr
+                Path(file).parent.mkdir(parents=True, exist_ok=True)
+                Path(file).write_text(report)
+            return
+        phase_line = line.removeprefix(_MARK)
+
+
+if __name__ == "__main__":
+    _listen(sys.argv[1])
