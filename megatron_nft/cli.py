@@ -52,12 +52,13 @@ def parser() -> argparse.ArgumentParser:
         ("train", _train, "post-train a model on checkable problems"),
         ("evaluate", _evaluate, "score a Hugging Face directory on the sets of evaluation.sets"),
         ("sft", _sft, "supervised warm start"),
+        ("serve", _serve, "one vLLM server for training with rollout.mode=served"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", metavar="CONFIG.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. train.steps=10")
         command.set_defaults(run=run)
-        if name != "evaluate":
+        if name in ("train", "sft"):
             command.set_defaults(goes_on="; the same command goes on from the newest checkpoint")
         if name == "train":
             text = "print the settings and where they come from, check all that needs no model in memory, and stop"
@@ -108,6 +109,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         evaluate_model(settings, policy.precision_of(settings.model.precision))
     finally:
         policy.shutdown()
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    settings = config.load(arguments.config, arguments.overrides)
+    from megatron_nft import policy
+    from megatron_nft.rollout.serving import serve
+
+    serve(settings, policy.precision_of(settings.model.precision))
 
 
 def _sft(arguments: argparse.Namespace) -> None:

@@ -72,8 +72,6 @@ class Given:
         validation = {} if config.replay else prompts.load_sets(config.evaluation.sets, tokenizer, config.data)
         if config.replay:
             rollout.check_replay(config, tokenizer)
-        elif config.rollout.function:
-            rollout.tools.resolve(config.rollout.function)
         if validation:
             evaluation.check(validation, config.evaluation)
         return cls(training, validation, found)
@@ -87,9 +85,7 @@ def check_together(config: Config) -> None:
             f"train.tokens_per_micro_batch ({budget}) is less than data.max_prompt_length + rollout.max_tokens ({longest})",
             "raise it, or lower one of them",
         )
-    if not config.replay:
-        rollout.check_world(config.rollout, policy.world_size())
-        rollout.check(config.rollout)
+    rollout.check(config, policy.world_size())
     check_writable(config.run_dir)
 
 
@@ -126,18 +122,13 @@ class Run:
         self.saves = saves.Saves(self.policy, config, self.log, self.topology.is_first)
         self.policy.offload()  # the engine measures the memory that is free
         precision = policy.precision_of(config.model.precision)
-        window, asked = max_model_len(config), stop.agreed
-        if config.replay:
-            self.engine = rollout.NoEngine()
-        else:
-            self.engine = rollout.Engine(config.model.path, config.rollout, window, precision, config.seed, asked, weights_follow=True)
+        parts = (precision, self.judge, self.cursor, stop.agreed, self.policy.hand_over, self.log.note)
+        self.engine, self.sampler = rollout.start(config, *parts)
         self._open.callback(self.engine.close)
+        self._open.callback(self.sampler.close)
         if self.engine.rounds_head:
             self.log.note("this vLLM rounds its logits to 16 bits (it has no head_dtype), the trainer does not: watch logprob_difference")
         self.engine.scale_cache_by(given.prompts.prompts)
-        self.sampler = (
-            rollout.Replay(self.engine, config) if config.replay else rollout.Sampler(self.engine, self.judge, self.cursor, config)
-        )
         if loaded:
             rollout.check_resumed(config, self.state["sampler"])
             self.sampler.load(self.state["sampler"], loaded)

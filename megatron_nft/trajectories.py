@@ -52,13 +52,20 @@ class Response:
     @property
     def versions(self) -> list[int]:
         """The weight version that each token was sampled with."""
+        return [version for version, count in self.version_runs for _ in range(count)]
+
+    @property
+    def version_runs(self) -> list[tuple[int, int]]:
+        """(weight version, how many tokens in a row were sampled with it)."""
         starts = [(0, self.weight_version), *(self.later_versions or ()), (len(self.token_ids), 0)]
-        return [version for (first, version), (end, _) in zip(starts, starts[1:]) for _ in range(end - first)]
+        return [(version, end - first) for (first, version), (end, _) in zip(starts, starts[1:]) if end > first]
 
     def followed_by(self, rest: Response, text: str) -> Response:
         """This unfinished answer with the rest of it, which a resumed request gave; text: of both."""
-        changed = [(len(self.token_ids), rest.weight_version)] if rest.weight_version != self.versions[-1] else []
         mask = None if self.loss_mask is None and rest.loss_mask is None else self.mask() + rest.mask()
+        begun = len(self.token_ids)
+        changed = [(begun, rest.weight_version)] if rest.weight_version != self.version_runs[-1][0] else []
+        changed += [(begun + first, version) for first, version in rest.later_versions or ()]
         return Response(self.token_ids + rest.token_ids, self.logprobs + rest.logprobs, rest.finish_reason, self.weight_version, text,
                         mask, later_versions=[*(self.later_versions or ()), *changed] or None)  # fmt: skip
 

@@ -1,6 +1,7 @@
 """What no model, data or machine could make right is refused here, with the mend."""
 
 import math
+import re
 
 from megatron_nft.config import engine, megatron
 from megatron_nft.config.objective import AUTHORS_DAPO, OWN_SETTINGS, POLICY_GRADIENT, PUBLISHED
@@ -37,6 +38,7 @@ def _check_pairs(config: Config) -> None:
     _check_correction(config)
     _check_groups(config)
     _check_order(config)
+    _check_served(config)
     _check_batches(config)
     _check_watchdog(config)
     engine.check(config)
@@ -114,6 +116,8 @@ def _check_groups(config: Config) -> None:
         raise UserError(f"rollout.n is 1, but {settings.name} compares the answers to a prompt", "use 2 or more")
     if n == 1 and config.rollout.dynamic_sampling:
         raise UserError("rollout.n is 1 and rollout.dynamic_sampling true: no group of one answer is mixed", "set it to false")
+    if config.rollout.function and config.rollout.mode == "served":
+        raise UserError("rollout.function is set and rollout.mode served", "use rollout.mode=colocated: servers do not run functions")
     if config.rollout.function and config.rollout.tensor_parallel_size > 1:
         raise UserError(
             f"rollout.function is set and rollout.tensor_parallel_size {config.rollout.tensor_parallel_size}",
@@ -156,6 +160,15 @@ def _check_order(config: Config) -> None:
         )
 
 
+def _check_served(config: Config) -> None:
+    addresses = config.rollout.served.addresses
+    for address in addresses:
+        if not re.fullmatch(r"http://[^/\s:]+:\d+/?", address):
+            raise UserError(f"{address!r} in rollout.served.addresses is no address of a server", "write http://host:port")
+    if len({address.rstrip("/") for address in addresses}) < len(addresses):
+        raise UserError("rollout.served.addresses has an address twice", "leave one of them out")
+
+
 def _check_batches(config: Config) -> None:
     if config.rollout.prompts_per_step % config.train.prompts_per_update:
         raise UserError(
@@ -188,6 +201,8 @@ _CHOICES = {
     "objective.reduction": ("constant", "token-mean", "sequence-mean"),
     "objective.correction.method": ("none", "truncate", "mask"),
     "objective.correction.level": ("token", "sequence", "geometric"),
+    "rollout.mode": ("colocated", "served"),
+    "rollout.served.update": ("keep", "abort", "wait"),
     "rollout.order": ("prompt", "started", "finished"),
     "rollout.unfinished": ("resume", "drop"),
     "reward.truncated": ("wrong", "mask", "drop"),
@@ -226,6 +241,13 @@ _LEAST = {
     "rollout.update_weights_bucket_megabytes": 1,
     "rollout.check_sync_interval": 0,
     "rollout.logprob_tolerance": 0.0,
+    "rollout.served.count": 1,
+    "rollout.served.port": 0,
+    "rollout.served.stream_interval": 1,
+    "rollout.served.start_timeout": 1,
+    "rollout.served.token_timeout": 1,
+    "rollout.served.transfer_timeout": 1,
+    "rollout.served.max_deaths": 1,
     "reward.workers": 1,
     "reward.time_limit": 1,
     "reward.overlong_buffer": 1,

@@ -76,7 +76,25 @@ class DataConfig:
 
 
 @dataclass
+class ServedConfig:
+    """rollout.mode served: vLLM servers (`megatron-nft serve`) write the answers, on GPUs or nodes of their own."""
+
+    count: int = 1  # servers that a run waits for
+    addresses: list[str] = field(default_factory=list)  # http://host:port of each; none: as the servers write them into run_dir/servers
+    host: str = "127.0.0.1"  # where a server listens; 0.0.0.0: on all of its node's networks, which must keep strangers out
+    port: int = 0  # 0: any that is free
+    # answers that run while weights change: keep: they go on with the new ones | abort: they are sent again | wait: they are waited for
+    update: str = "keep"
+    stream_interval: int = 16  # tokens of an answer that a server sends at a time
+    start_timeout: int = 900  # seconds until all servers are there
+    token_timeout: int = 120  # seconds without a token from a server that has answers to write: it hangs
+    transfer_timeout: int = 300  # seconds for a bucket of weights
+    max_deaths: int = 3  # of a server in a row; then `megatron-nft serve` gives up
+
+
+@dataclass
 class RolloutConfig:
+    mode: str = "colocated"  # vLLM in the trainer's processes, before each training step | served: in servers of their own, see `served`
     prompts_per_step: int = 64  # mixed groups to train on in a rollout step
     n: int = 8  # answers per prompt
     temperature: float = 1.0
@@ -119,6 +137,7 @@ class RolloutConfig:
     vllm: dict[str, Any] = field(default_factory=dict)  # any other field of vLLM's EngineArgs
     # MiB of whole tensors that go to the engine in one buffer; a rank needs twice this (or the largest tensor) while weights are synced
     update_weights_bucket_megabytes: int = 256
+    served: ServedConfig = field(default_factory=ServedConfig)
 
 
 @dataclass

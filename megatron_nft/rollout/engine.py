@@ -44,7 +44,9 @@ ASK_EVERY = 8  # scheduler steps: a fraction of a second, against a reduction ov
 
 
 def check_world(rollout: RolloutConfig, world: int) -> None:
-    """Raise UserError where `world` processes do not divide into engines."""
+    """Raise UserError where `world` processes do not divide into engines. Served ones are none of theirs."""
+    if rollout.mode == "served":
+        return
     if world % rollout.tensor_parallel_size:
         raise UserError(
             f"rollout.tensor_parallel_size ({rollout.tensor_parallel_size}) does not divide the number of processes ({world})",

@@ -14,7 +14,7 @@ from megatron_nft.config import Config
 from megatron_nft.errors import UserError
 from megatron_nft.rollout.record import read_first_rows, read_rollouts, step_files
 from megatron_nft.rollout.sampler import Rollout
-from megatron_nft.trajectories import OUTCOMES, Group
+from megatron_nft.trajectories import OUTCOMES, Group, Prompt
 from megatron_nft.weights import Bucket, read_json
 
 if TYPE_CHECKING:
@@ -103,6 +103,9 @@ class NoEngine:
     def wake(self) -> None:
         """or to wake,"""
 
+    def scale_cache_by(self, prompts: list[Prompt]) -> None:
+        """or to measure,"""
+
     def close(self) -> None:
         """or to close."""
 
@@ -122,6 +125,9 @@ class Replay:
 
     def sync(self, buckets: Iterator[Bucket], version: int) -> None:
         """The weights are nobody's but the trainer's: the stream is not begun, on any rank."""
+
+    def close(self) -> None:
+        """Nothing runs."""
 
     def state_dict(self) -> dict:
         """Tells a checkpoint what it is of."""

@@ -90,6 +90,9 @@ class Sampler:
         """New weights for the engine, as Engine.sync takes them."""
         self._engine.sync(buckets, version)
 
+    def close(self) -> None:
+        """Nothing: what there is to end is the engine's."""
+
     # ---- for checkpoints
 
     def state_dict(self) -> dict:

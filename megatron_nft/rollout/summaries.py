@@ -32,7 +32,7 @@ class GroupSummary:
 def summarise(group: Group, sampled: list[Response] | None = None, version: int = 0) -> GroupSummary:
     """The summary of a judged group. `sampled`: all of its answers, where some have been dropped; version: of the step's weights."""
     sampled = group.responses if sampled is None else sampled
-    ages = [version - token for response in group.responses for token in response.versions]
+    ages = [(version - of_run, count) for response in group.responses for of_run, count in response.version_runs]
     return GroupSummary(
         position=group.position,
         rates=tuple(response.verdict.score for response in group.responses),
@@ -40,7 +40,7 @@ def summarise(group: Group, sampled: list[Response] | None = None, version: int 
         sampled=len(sampled),
         truncated=sum(response.finish_reason == "length" for response in sampled),
         outcomes=Counter(response.verdict.outcome for response in sampled),
-        staleness=(sum(ages), max(ages, default=0)),
+        staleness=(sum(age * count for age, count in ages), max((age for age, _ in ages), default=0)),
     )
 
 

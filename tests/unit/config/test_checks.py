@@ -22,6 +22,8 @@ NAMES = {
     "train.recompute_granularity": ([None, "full", "selective"], "layers"),
     "logging.wandb": (["disabled", "offline", "online"], "on"),
     "rollout.unfinished": (["resume", "drop"], "keep"),
+    "rollout.mode": (["colocated", "served"], "remote"),
+    "rollout.served.update": (["keep", "abort", "wait"], "go on"),
 }
 LEASTS = {
     "objective.neg_weight": 0.0, "train.sampled_tokens": 1, "optimizer.lr": 0.0, "optimizer.weight_decay": 0.0, "rollout.temperature": 1e-3,
@@ -173,3 +175,20 @@ def test_a_log_prob_pass_smaller_than_a_micro_batch():
     check(changed("train.logprob_tokens_per_micro_batch", 4096))
     error = refused(changed("train.logprob_tokens_per_micro_batch", 4095))
     assert error.problem == "train.logprob_tokens_per_micro_batch (4095) is less than train.tokens_per_micro_batch (4096)"
+
+
+@pytest.mark.parametrize(
+    "addresses, message",
+    [
+        (["node1:8000"], "'node1:8000' in rollout.served.addresses is no address of a server: write http://host:port"),
+        (["http://node1"], "'http://node1' in rollout.served.addresses is no address"),
+        (["http://a:1", "http://a:1/"], "rollout.served.addresses has an address twice"),
+    ],
+)
+def test_addresses_of_servers(addresses, message):
+    config = Config(run_dir="x")
+    config.rollout.served.addresses = ["http://node-1.cluster:8000", "http://10.0.0.1:1/"]
+    check(config)
+    config.rollout.served.addresses = addresses
+    with pytest.raises(UserError, match=message):
+        check(config)

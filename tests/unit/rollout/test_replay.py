@@ -8,7 +8,8 @@ import pytest
 from megatron_nft.config import Config, save
 from megatron_nft.errors import UserError
 from megatron_nft.prompts import load_tokenizer
-from megatron_nft.rollout import Replay, check_replay, check_resumed, rollout_path, write_rollouts
+from megatron_nft.rollout import check_replay, check_resumed, rollout_path, write_rollouts
+from megatron_nft.rollout.replay import Replay
 from megatron_nft.trajectories import OUTCOMES
 from tests.support import ROOT, made_up_groups
 
