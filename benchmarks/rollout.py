@@ -5,8 +5,8 @@
 
 Real vLLM on this machine's CPU. Lengths are log-normal (sigma 1) and cut at 8 times the median; 30 % of the prompts have mixed groups, the
 others are always right or always wrong. All ways answer the same prompts from the same engine; training and weight updates take no
-time here, so a rollout step follows a rollout step. A model whose step costs nearly the same for few and for many running answers, as
-on a GPU, where decoding is bound by reading the weights.
+time here, so a rollout step follows a rollout step. On a CPU a scheduler step is the cheaper the fewer answers run, on a GPU, which
+reads the weights whatever their number, hardly: so the ratio of kept groups a scheduler step is printed, too.
 
 useful: answers of kept groups / answers begun. idle: share of the engine's places that no running answer took, over scheduler steps.
 """
@@ -86,7 +86,7 @@ class LengthEngine(Engine):
         self._now += 1
 
     def step(self) -> list[tuple[int, Response]] | None:
-        self.used, self.ticks = self.used + self._now, self.ticks + bool(self._now)
+        self.used, self.ticks = self.used + min(self._now, self.slots), self.ticks + bool(self._now)
         finished = super().step()
         self._now -= len(finished or ())
         return finished and [(key, replace(response, finish_reason="stop")) for key, response in finished]
@@ -180,7 +180,7 @@ def queued(engine: LengthEngine, arguments: argparse.Namespace, warm_up: int = 1
 
 
 def model(directory: Path, hidden: int, layers: int) -> Path:
-    """A random Qwen2 with the demo's tokenizer, wide enough that its weights and not the answers decide what a step costs."""
+    """A random Qwen2 with the demo's tokenizer, whose answers mean nothing."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -230,7 +230,9 @@ def main() -> None:
             "order: started, max_staleness: 1": lambda: queued(engine, arguments, order="started", max_staleness=1),
             "order: started, max_staleness: 2": lambda: queued(engine, arguments, **fast),
             "order: finished, max_staleness: 1": lambda: queued(engine, arguments, order="finished", max_staleness=1),
+            "started, 2, hopeless_after: 5": lambda: queued(engine, arguments, hopeless_after=5, **fast),
             "started, 2, most_skipped: 0.9": lambda: queued(engine, arguments, warm_up=epochs, most_skipped=0.9, **fast),
+            "all three": lambda: queued(engine, arguments, warm_up=epochs, most_skipped=0.9, hopeless_after=5, **fast),
         }
         heads = zip(("groups", "seconds", "groups/s", "ratio", "steps", "ratio", "useful", "idle", "length"), (6, 8, 9, 6, 6, 6, 7, 6, 7))
         print(" " * 34, *(f"{head:>{width}}" for head, width in heads))
