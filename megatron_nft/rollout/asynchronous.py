@@ -130,6 +130,7 @@ class Driver:
         with self._lock:
             enough, sent = self._queue.enough, self._queue.started + self._started
             taken = self._queue.take()
+            self._held = not self._rollout.max_staleness  # what is sent from here on is a step older where it is trained on
             self._give_up_the_rest()
             numbers = self._statistics(taken, version) | {"prompts_sent": sent, "prompts_skipped": self._cursor.skipped - self._skipped}
             self._started, self._skipped, self._lost, self._tokens = -self._queue.started, self._cursor.skipped, 0, 0

@@ -188,3 +188,15 @@ def test_a_group_that_is_gone_is_not_waited_for(made):
     driver.begin(3, 2)
     driver._advance()
     assert driver._partial == {} and all(key > 2 for key, *_ in fleet.asked[3 * N :])
+
+
+def test_without_staleness_nothing_is_sent_between_two_steps(made):
+    """It would be too old in the next one, and its prompts be lost."""
+    driver, fleet, _ = made
+    driver._rollout.max_staleness = 0
+    driver.end(0)
+    driver._advance()
+    assert fleet.running_answers == {}
+    driver.begin(2, 1)
+    driver._advance()
+    assert [driver._queue._open[key].prompt.id for key, sample, _ in fleet.asked[3 * N :] if not sample] == ["set/0", "set/1", "set/2"]
