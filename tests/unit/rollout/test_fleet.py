@@ -1,9 +1,11 @@
 """The client of several servers: who gets what, what becomes of it when a server fails, and how new weights reach those that are left."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -254,6 +256,16 @@ def test_statistics(fleet, servers):
 def test_a_server_of_another_run_is_refused(config, described, message):
     with FakeServer(**described) as server, pytest.raises(UserError, match=message):
         start(config, [server])
+
+
+def test_another_programs_server_is_refused(config):
+    handler = type("Nothing", (BaseHTTPRequestHandler,), {"do_GET": lambda own: own.send_error(404)})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        config.rollout.served.addresses = [f"http://127.0.0.1:{other.server_port}"]
+        with pytest.raises(UserError, match=f"http://127.0.0.1:{other.server_port} is no server of ours"):
+            Fleet(config, MODEL, str, note=lambda _: None)
+        other.shutdown()
 
 
 def test_a_server_that_does_not_answer(config, servers):
