@@ -152,7 +152,7 @@ class Driver:
                 else:
                     state["again"].append(group.prompt.id)
             kept = {str(group.position) for group in self.carried}
-            state["seeds"] = {key: seeds for key, seeds in state["seeds"].items() if key in kept}
+            state["groups"] = {key: about for key, about in state["groups"].items() if key in kept}
         return state
 
     def load(self, state: dict, groups: list[Group]) -> None:

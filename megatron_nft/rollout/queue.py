@@ -233,9 +233,9 @@ class Queue:
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps besides the cursor and the carried groups: plain values, fit for JSON."""
-        seeds = {str(group.key): [group.step, group.first] for group in self._open.values()}
+        groups = {str(group.key): [group.version, group.step, group.first, group.finished] for group in self._open.values()}
         again = [prompt.id for prompt in self._again]
-        return {"share": list(self._share), "sent": self._sent, "completed": self._completed, "again": again, "seeds": seeds}
+        return {"share": list(self._share), "sent": self._sent, "completed": self._completed, "again": again, "groups": groups}
 
     def carried(self) -> list[Open]:
         """The groups that stay after a step, as they are now: what comes later does not change them."""
@@ -246,10 +246,10 @@ class Queue:
         self._share, self._sent, self._completed = list(state["share"]), state["sent"], state["completed"]
         self._again = [self._cursor.prompt(name) for name in state["again"]]
         for key, name, holder, responses in sorted(groups, key=lambda group: group[0]):
-            step, first = state["seeds"][str(key)]
+            version, step, first, finished = state["groups"][str(key)]
             prompt = self._cursor.prompt(name)
-            group = self._open[key] = self._new(key, prompt, responses[0].weight_version, step, first)
-            group.responses, group.holder = list(responses), holder
+            group = self._open[key] = self._new(key, prompt, version, step, first)
+            group.responses, group.holder, group.finished = list(responses), holder, finished
             group.count()
             if not group.is_complete:
                 self._wait(group)

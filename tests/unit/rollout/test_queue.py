@@ -255,6 +255,21 @@ def test_a_checkpoint_keeps_all_that_goes_on():
     assert [saved.next() for _ in range(4)] == [restored.next() for _ in range(4)]
 
 
+def test_a_checkpoint_keeps_the_order_of_finishing():
+    saved = queue(wanted=1, order="finished")
+    saved.begin(1, 0)
+    send(saved)
+    for key in (3, 2, 0):
+        judge(saved, key, 1, 0, 1)
+    assert [group.key for group in saved.take().kept] == [3]
+    restored = queue(wanted=1, order="finished")
+    complete = [(group.key, group.prompt.id, group.holder, group.responses) for group in saved.carried() if group.is_complete]
+    restored.load(json.loads(json.dumps(saved.state_dict())), complete)
+    for own in (saved, restored):
+        own.begin(2, 1)
+        assert [group.key for group in own.take().kept] == [2]
+
+
 def test_prompts_of_uniform_groups_are_passed_over_and_come_again():
     """Three prompts, one of which is never mixed: it comes less often than the others, and does not stay away."""
     own = queue(wanted=1, prompts=3, order="prompt", max_staleness=0, most_skipped=0.9, max_prompts_per_step=8)
