@@ -172,6 +172,7 @@ class Queue:
         found = [g for g in self._open.values() if not g.is_complete and len(g.judged) >= after and not g.is_mixed]
         self._remove(found)
         self._hopeless += found
+        self._share[1] += len(found)  # as good as uniform
         return [group.key for group in found]
 
     def put_back(self, key: int) -> None:

@@ -217,6 +217,14 @@ def test_hopeless_groups_are_given_up():
     assert [group.key for group in own.take().hopeless] == [0]
 
 
+def test_groups_that_were_given_up_count_as_uniform_where_the_share_of_mixed_ones_is_asked_for():
+    own = queue(hopeless_after=2, max_staleness=0, max_prompts_per_step=99)
+    own.begin(1, 0)
+    for key in send(own):
+        judge(own, key, 0, 0)
+    assert len(own.hopeless()) == 11 and len(send(own)) == 79, "as many as after 11 uniform ones"
+
+
 def test_dropped_answers_make_no_group_mixed():
     own = queue(truncated="drop")
     own.begin(1, 0)
