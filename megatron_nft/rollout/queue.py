@@ -123,12 +123,13 @@ class Queue:
 
     def begin(self, step: int, version: int) -> list[int]:
         """A rollout step with weights of this version. Returns the keys of groups that are thrown away, being older than max_staleness:
-        what still runs of them is to be aborted."""
+        what still runs of them is to be aborted; the prompts of those that were not complete are sent anew."""
         self._step, self._version, self.started, self._hopeless = step, version, 0, []
         self._asked.clear()
         self._share = [MEMORY * count for count in self._share]
         self._stale = [group for group in self._open.values() if version - group.version > self._rollout.max_staleness]
         self._remove(self._stale)
+        self._again += [group.prompt for group in self._stale if not group.is_complete]
         return [group.key for group in self._stale]
 
     def next(self, holder: int | None = None) -> Ticket | None:

@@ -131,6 +131,18 @@ def test_surplus_groups_are_carried_and_thrown_away_when_too_old():
     assert own.take().stale[0].key == 2
 
 
+def test_the_prompt_of_a_group_that_became_too_old_before_it_was_complete_is_sent_anew():
+    """Or long answers would be missing from the epoch."""
+    own = queue(order="finished")
+    own.begin(1, 0)
+    for key in send(own)[1:]:
+        judge(own, key, 1, 0, 1)
+    own.take()
+    assert own.begin(3, 2)[0] == 0
+    ticket = own.next()
+    assert ticket.prompt.id == "set/0" and ticket.key != 0
+
+
 def test_without_staleness_nothing_is_carried_and_no_prompt_lost():
     own = queue(max_staleness=0, unfinished="resume")
     own.begin(1, 0)
