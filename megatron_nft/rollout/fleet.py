@@ -167,7 +167,8 @@ class Fleet(Membership):
 
         The sequences are dealt to the servers, and the next call begins with the next server: each is asked in its turn.
         """
-        members = self._in()
+        with self._lock:
+            members = self._in()
         if not members:
             raise NoServer
         first, timeout = self._scored % len(members), float(self._settings.token_timeout)

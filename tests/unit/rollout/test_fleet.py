@@ -275,6 +275,15 @@ def test_a_server_that_does_not_answer(config, servers):
         start(config, servers)
 
 
+def test_a_server_may_come_while_another_thread_goes_through_them(config, servers, fleet):
+    going = iter(fleet._members.values())
+    next(going)
+    with FakeServer() as another:
+        fleet._settings.addresses.append(another.address)
+        assert fleet.waiting() and len(fleet._members) == 3
+        next(going)
+
+
 def test_servers_are_found_by_their_files(config, servers):
     config.rollout.served.count = 2
     folder = Path(config.run_dir) / "servers"
