@@ -158,7 +158,8 @@ class Driver:
     def load(self, state: dict, groups: list[Group]) -> None:
         """Go on where state_dict() was taken."""
         with self._lock:
-            self._queue.load(state, [(group.position, group.prompt.id, None, group.responses) for group in groups])
+            known = [(group, group.responses if self._queue.fits(group.responses) else []) for group in groups]
+            self._queue.load(state, [(group.position, group.prompt.id, None, responses) for group, responses in known])
 
     def close(self) -> None:
         """End the thread."""

@@ -243,13 +243,22 @@ class Queue:
         """The groups that stay after a step, as they are now: what comes later does not change them."""
         return [replace(group, responses=list(group.responses), scores=set(group.scores)) for group in self._open.values()]
 
+    def fits(self, responses: list[Response]) -> bool:
+        """Whether a carried group is as the settings of now ask for: rollout.n answers, and those that are to go on below max_tokens."""
+        rollout = self._rollout
+        return len(responses) == rollout.n and all(_has_verdict(r) or len(r.token_ids) < rollout.max_tokens for r in responses)
+
     def load(self, state: dict, groups: Iterable[tuple[int, str, int | None, list[Response]]]) -> None:
-        """Go on where state_dict() and carried() were taken. groups: (key, prompt's id, holder, responses)."""
+        """Go on where state_dict() and carried() were taken. groups: (key, prompt's id, holder, responses); where `fits` says that they
+        cannot go on, no responses, and the prompt is sent anew."""
         self._share, self._sent, self._completed = list(state["share"]), state["sent"], state["completed"]
         self._again = [self._cursor.prompt(name) for name in state["again"]]
         for key, name, holder, responses in sorted(groups, key=lambda group: group[0]):
             version, step, first, finished = state["groups"][str(key)]
             prompt = self._cursor.prompt(name)
+            if not responses:
+                self._again.append(prompt)
+                continue
             group = self._open[key] = self._new(key, prompt, version, step, first)
             group.responses, group.holder, group.finished = list(responses), holder, finished
             group.count()

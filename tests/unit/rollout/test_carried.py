@@ -78,3 +78,32 @@ def test_carried_groups(tmp_path, order, unfinished, staleness, hopeless, ranks,
             assert all(len(r.versions) == len(r.token_ids) == len(r.logprobs) and r.versions == sorted(r.versions) for r in group.responses)
             carried += version < step - 1
     assert carried or unfinished == "drop"
+
+
+@pytest.mark.parametrize("name, value", [("n", 2), ("max_tokens", 2)])
+def test_carried_groups_that_no_longer_fit_are_sent_anew(tmp_path, name, value):
+    """A run that goes on with fewer answers to a prompt, or shorter ones."""
+    config = Config()
+    config.rollout.prompts_per_step, config.rollout.n, config.train.prompts_per_update = 2, N, 1
+    config.rollout.order, config.rollout.max_staleness = "started", 1
+    prompts = PromptSet([fake_prompt(MIXED, i) for i in range(30)])
+
+    def start(engine: FakeEngine) -> tuple[Cursor, Sampler]:
+        cursor = Cursor(prompts, config.seed, shuffle=False)
+        return cursor, Sampler(engine, judge, cursor, config)
+
+    with Judge({}, "strict_box", workers=1, time_limit=1) as judge:
+        cursor, own = start(FakeEngine(N, slots=12, length=lambda prompt, sample: 3 + 10 * (prompt[1] == 12)))
+        own.groups(1)
+        states, carried = (cursor.state_dict(), own.state_dict()), own.carried()
+        own.write_carried(tmp_path, carried)
+        unfinished = {group.prompt.id for group in carried if any(r.verdict is None for r in group.responses)}
+        setattr(config.rollout, name, value)
+        engine = FakeEngine(config.rollout.n)
+        cursor, own = start(engine)
+        cursor.load_state_dict(states[0])
+        own.load(states[1], tmp_path)
+        assert unfinished and not unfinished & {group.prompt.id for group in own.carried()}
+        assert all(len(group.responses) == config.rollout.n for group in own.groups(2).groups)
+        sent = [f"set/{request.token_ids[1] - 10}" for request in engine.requests]
+        assert all(sent.count(one) == config.rollout.n for one in unfinished)
