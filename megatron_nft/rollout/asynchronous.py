@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_nft.config import Config
-from megatron_nft.rollout.queue import Queue, Taken
+from megatron_nft.rollout.queue import Open, Queue, Taken
 from megatron_nft.rollout.record import read_rollouts, write_rollouts
 from megatron_nft.rollout.sampler import Rollout
 from megatron_nft.rollout.served import PERIOD, ServedEngine
@@ -93,6 +93,8 @@ class Driver:
         self._verdicts = Verdicts(judge, steady=False)
         self._lock = threading.Lock()  # of all that the thread and the trainer both touch
         self._prompts: dict[int, Prompt] = {}  # by key, of what runs
+        # by key and sample: what there is of lost answers, until all others of their groups have ended, too
+        self._partial: dict[int, dict[int, Response]] = {}
         self._held, self._ending, self._error = True, False, None
         self._tokens = self._lost = self._started = self._skipped = 0
         self.carried: list[Group] = []
@@ -128,6 +130,7 @@ class Driver:
         with self._lock:
             enough, sent = self._queue.enough, self._queue.started + self._started
             taken = self._queue.take()
+            self._held = not self._rollout.max_staleness  # what is sent from here on is a step older where it is trained on
             self._give_up_the_rest()
             numbers = self._statistics(taken, version) | {"prompts_sent": sent, "prompts_skipped": self._cursor.skipped - self._skipped}
             self._started, self._skipped, self._lost, self._tokens = -self._queue.started, self._cursor.skipped, 0, 0
@@ -143,20 +146,20 @@ class Driver:
             so_far = self._fleet.so_far()
             state, self.carried = self._queue.state_dict(), []
             for group in self._queue.carried():
-                known = [r if r is not None and r.verdict is not None else self._whole(group.key, sample, so_far.get((group.key, sample)))
-                         for sample, r in enumerate(group.responses)]  # fmt: skip
-                if group.is_complete or (resumed and all(r is not None and r.token_ids for r in known)):
+                known = [self._known(group, sample, so_far.get((group.key, sample))) for sample in range(len(group.responses))]
+                if group.is_complete or (resumed and all(_has_begun(group, response) for response in known)):
                     self.carried.append(Group(group.prompt, known, group.key))
                 else:
                     state["again"].append(group.prompt.id)
             kept = {str(group.position) for group in self.carried}
-            state["seeds"] = {key: seeds for key, seeds in state["seeds"].items() if key in kept}
+            state["groups"] = {key: about for key, about in state["groups"].items() if key in kept}
         return state
 
     def load(self, state: dict, groups: list[Group]) -> None:
         """Go on where state_dict() was taken."""
         with self._lock:
-            self._queue.load(state, [(group.position, group.prompt.id, None, group.responses) for group in groups])
+            known = [(group, group.responses if self._queue.fits(group.responses) else []) for group in groups]
+            self._queue.load(state, [(group.position, group.prompt.id, None, responses) for group, responses in known])
 
     def close(self) -> None:
         """End the thread."""
@@ -175,6 +178,7 @@ class Driver:
         if not self._rollout.max_staleness:  # a key may come again, for another prompt
             self._fleet.poll(), self._fleet.lost()
         self._prompts = {key: prompt for key, prompt in self._prompts.items() if key in open_keys}
+        self._partial = {key: some for key, some in self._partial.items() if key in open_keys}
 
     def _statistics(self, taken: Taken, version: int) -> dict[str, float]:
         summaries = [summarise(group.group(), group.responses, version) for group in taken.decided]
@@ -204,16 +208,22 @@ class Driver:
 
     def _advance(self) -> None:
         """Take what has come, have it judged, and send what is wanted."""
-        self._take_lost()
-        for key, sample, response in self._fleet.poll():
+        running = {group.key: group for group in self._queue.running()}
+        for key, sample, response in [*self._take_lost(), *self._fleet.poll()]:
             self._tokens += len(response.token_ids)
-            if key in self._prompts:
-                self._verdicts.ask(0, key, sample, self._prompts[key], self._whole(key, sample, response))
+            if key not in running:
+                continue
+            whole = self._whole(key, sample, response)
+            if whole.weight_version == running[key].version:
+                self._verdicts.ask(0, key, sample, self._prompts[key], whole)
+            else:  # it waited at its server while the weights changed, and is of others than the rest of its group
+                self._partial.setdefault(key, {})[sample] = whole
         for key, sample, response in self._verdicts.ready(0, ALL, idle=False):
             self._queue.judged(key, sample, response)
         self._fleet.abort(self._queue.hopeless())
+        self._send_lost_again()
         if not self._held:
-            while self._fleet.free >= self._rollout.n or (self._fleet.free and not self._fleet.running()):
+            while self._fleet.room >= self._rollout.n or (self._fleet.room > 0 and not self._fleet.running()):
                 ticket = self._queue.next()
                 if ticket is None:
                     break
@@ -223,22 +233,42 @@ class Driver:
             if self._queue.enough or (self._queue.exhausted and not len(self._verdicts)):
                 self._ready.set()
 
-    def _take_lost(self) -> None:
-        """Groups whose answers were lost go back to the queue: with what they had where they may go on from there, or from the start."""
-        lost: dict[int, dict[int, Response]] = {}
-        for key, sample, response in self._fleet.lost():
-            self._tokens, self._lost = self._tokens + len(response.token_ids), self._lost + 1
-            lost.setdefault(key, {})[sample] = self._whole(key, sample, response)
-        self._fleet.abort(lost)  # what runs of them elsewhere, too: it is sent again with the rest
-        running = {group.key for group in self._queue.running()}
-        for key, partial in lost.items():
-            if key not in running:
-                continue
-            begun = all(response.token_ids for response in partial.values())
-            if begun and self._rollout.unfinished == "resume" and self._rollout.max_staleness:
-                self._queue.pause(key, begun, partial)
+    def _take_lost(self) -> list[tuple[int, int, Response]]:
+        """Note lost answers, and what still runs of their groups, which is sent again with them. Those that had ended all the same are
+        returned."""
+        ended, lost = [], self._fleet.lost()
+        self._lost += len(lost)
+        if lost or self._partial:
+            lost += self._fleet.withdraw({key for key, *_ in lost} | self._partial.keys())
+        for key, sample, response in lost:
+            if response.finish_reason != "unfinished":
+                ended.append((key, sample, response))
             else:
-                self._queue.put_back(key)
+                self._tokens += len(response.token_ids)
+                self._partial.setdefault(key, {})[sample] = self._whole(key, sample, response)
+        return ended
+
+    def _send_lost_again(self) -> None:
+        """Groups with lost answers go back to the queue as soon as nothing of them is under way: with what they had where they may go on
+        from there, or from the start. The latter waits for the end of a sync, so that all of a group is started from one version."""
+        running = {group.key: group for group in self._queue.running()} if self._partial else {}
+        for key, partial in list(self._partial.items()):
+            if (group := running.get(key)) is None:
+                del self._partial[key]
+            elif all(sample in partial or (r is not None and r.verdict is not None) for sample, r in enumerate(group.responses)):
+                begun = all(_has_begun(group, response) for response in partial.values())
+                if begun and self._rollout.unfinished == "resume" and self._rollout.max_staleness:
+                    self._queue.pause(key, begun, self._partial.pop(key))
+                elif not self._held:
+                    self._queue.put_back(key)
+                    del self._partial[key]
+
+    def _known(self, group: Open, sample: int, so_far: Response | None) -> Response | None:
+        """What there is of an answer; so_far: at its server."""
+        known = group.responses[sample]
+        if known is not None and known.verdict is not None:
+            return known
+        return self._partial.get(group.key, {}).get(sample) or self._whole(group.key, sample, so_far)
 
     def _whole(self, key: int, sample: int, response: Response | None) -> Response | None:
         """An answer that was resumed, from its beginning."""
@@ -248,3 +278,8 @@ class Driver:
         if response is None:
             return before
         return before.followed_by(response, self._decode(before.token_ids + response.token_ids))
+
+
+def _has_begun(group: Open, response: Response | None) -> bool:
+    """Whether an answer has a token, and that of the weights that the others of its group were started from."""
+    return response is not None and bool(response.token_ids) and response.weight_version == group.version

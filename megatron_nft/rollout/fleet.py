@@ -78,6 +78,12 @@ class Fleet(Membership):
             return sum(max(member.slots - len(member.answers), 0) for member in self._in())
 
     @property
+    def room(self) -> int:
+        """Free slots of the server with the most of them, to which the next group goes."""
+        with self._lock:
+            return max((member.slots - len(member.answers) for member in self._in()), default=0)
+
+    @property
     def members(self) -> list[str]:
         """Addresses of the servers that are in."""
         with self._lock:
@@ -125,18 +131,26 @@ class Fleet(Membership):
         """Answers that have finished since the last call."""
         if self._refused is not None:
             raise RuntimeError(str(self._refused)) from self._refused
-        return _all_of((inbox or self.inbox).finished)
+        with self._lock:
+            return _all_of((inbox or self.inbox).finished)
 
     def lost(self, inbox: Inbox | None = None) -> list[Found]:
         """Answers whose server was left out since the last call, or gave them up for new weights, with what they had."""
-        return _all_of((inbox or self.inbox).lost)
+        with self._lock:  # a server's answers are lost together
+            return _all_of((inbox or self.inbox).lost)
 
     def abort(self, keys: Iterable[int], inbox: Inbox | None = None) -> None:
         """Give up what runs under these keys: nothing more is heard of it."""
         mine = {(inbox or self.inbox, key) for key in keys}
+        if not mine:
+            return
         with self._lock:
             given_up = [member.answers.pop(at) for member in self._members.values() for at in list(member.answers) if at[:2] in mine]
         self._cancel(given_up)
+
+    def withdraw(self, keys: set[int]) -> list[Found]:
+        """Give up what runs under these keys of what was sent without an inbox, and what there was of it."""
+        return self._call(self._withdraw(keys))
 
     def running(self) -> int:
         """Answers that are being written."""
@@ -153,7 +167,8 @@ class Fleet(Membership):
 
         The sequences are dealt to the servers, and the next call begins with the next server: each is asked in its turn.
         """
-        members = self._in()
+        with self._lock:
+            members = self._in()
         if not members:
             raise NoServer
         first, timeout = self._scored % len(members), float(self._settings.token_timeout)
@@ -275,6 +290,13 @@ class Fleet(Membership):
         with self._lock:
             pairs = [(member.version, at, answer) for member in self._members.values() for at, answer in member.answers.items()]
         return {at[1:]: answer.response(self._decode, version) for version, at, answer in pairs if at[0] is self.inbox}
+
+    async def _withdraw(self, keys: set[int]) -> list[Found]:
+        with self._lock:
+            at = [(member, at) for member in self._members.values() for at in member.answers if at[0] is self.inbox and at[1] in keys]
+            found = [(member.version, member.answers.pop(key)) for member, key in at]
+        self._cancel([answer for _, answer in found])
+        return [(answer.key, answer.sample, answer.response(self._decode, version)) for version, answer in found]
 
     # ---- answers, in the fleet's thread
 

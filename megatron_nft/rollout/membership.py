@@ -64,7 +64,7 @@ class Membership(ABC):
             member = await join(name, Remote(self._session, address), self._model, max_model_len(self._config), backend())
         except Fault:
             return False
-        self._members[address] = member
+        self._members = {**self._members, address: member}  # another one: a thread may be going through the old one
         self._note(f"server {address} is there ({member.workers} workers, {member.slots} answers at a time)")
         return True
 

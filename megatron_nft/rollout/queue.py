@@ -123,12 +123,13 @@ class Queue:
 
     def begin(self, step: int, version: int) -> list[int]:
         """A rollout step with weights of this version. Returns the keys of groups that are thrown away, being older than max_staleness:
-        what still runs of them is to be aborted."""
+        what still runs of them is to be aborted; the prompts of those that were not complete are sent anew."""
         self._step, self._version, self.started, self._hopeless = step, version, 0, []
         self._asked.clear()
         self._share = [MEMORY * count for count in self._share]
         self._stale = [group for group in self._open.values() if version - group.version > self._rollout.max_staleness]
         self._remove(self._stale)
+        self._again += [group.prompt for group in self._stale if not group.is_complete]
         return [group.key for group in self._stale]
 
     def next(self, holder: int | None = None) -> Ticket | None:
@@ -172,6 +173,7 @@ class Queue:
         found = [g for g in self._open.values() if not g.is_complete and len(g.judged) >= after and not g.is_mixed]
         self._remove(found)
         self._hopeless += found
+        self._share[1] += len(found)  # as good as uniform
         return [group.key for group in found]
 
     def put_back(self, key: int) -> None:
@@ -233,23 +235,32 @@ class Queue:
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps besides the cursor and the carried groups: plain values, fit for JSON."""
-        seeds = {str(group.key): [group.step, group.first] for group in self._open.values()}
+        groups = {str(group.key): [group.version, group.step, group.first, group.finished] for group in self._open.values()}
         again = [prompt.id for prompt in self._again]
-        return {"share": list(self._share), "sent": self._sent, "completed": self._completed, "again": again, "seeds": seeds}
+        return {"share": list(self._share), "sent": self._sent, "completed": self._completed, "again": again, "groups": groups}
 
     def carried(self) -> list[Open]:
         """The groups that stay after a step, as they are now: what comes later does not change them."""
         return [replace(group, responses=list(group.responses), scores=set(group.scores)) for group in self._open.values()]
 
+    def fits(self, responses: list[Response]) -> bool:
+        """Whether a carried group is as the settings of now ask for: rollout.n answers, and those that are to go on below max_tokens."""
+        rollout = self._rollout
+        return len(responses) == rollout.n and all(_has_verdict(r) or len(r.token_ids) < rollout.max_tokens for r in responses)
+
     def load(self, state: dict, groups: Iterable[tuple[int, str, int | None, list[Response]]]) -> None:
-        """Go on where state_dict() and carried() were taken. groups: (key, prompt's id, holder, responses)."""
+        """Go on where state_dict() and carried() were taken. groups: (key, prompt's id, holder, responses); where `fits` says that they
+        cannot go on, no responses, and the prompt is sent anew."""
         self._share, self._sent, self._completed = list(state["share"]), state["sent"], state["completed"]
         self._again = [self._cursor.prompt(name) for name in state["again"]]
         for key, name, holder, responses in sorted(groups, key=lambda group: group[0]):
-            step, first = state["seeds"][str(key)]
+            version, step, first, finished = state["groups"][str(key)]
             prompt = self._cursor.prompt(name)
-            group = self._open[key] = self._new(key, prompt, responses[0].weight_version, step, first)
-            group.responses, group.holder = list(responses), holder
+            if not responses:
+                self._again.append(prompt)
+                continue
+            group = self._open[key] = self._new(key, prompt, version, step, first)
+            group.responses, group.holder, group.finished = list(responses), holder, finished
             group.count()
             if not group.is_complete:
                 self._wait(group)

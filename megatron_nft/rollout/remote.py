@@ -60,10 +60,11 @@ class Answer:
             self.starts = [(int(span["start"]), int(span["version"])) for span in spans]
 
     def response(self, decode: Callable[[list[int]], str], version: int) -> Response:
-        """As a Response, "unfinished" where it has not finished; `version` is that of an answer without a token."""
+        """As a Response, "unfinished" and without its text where it has not finished; `version` is that of an answer without a token."""
         reason = self.finish_reason if self.finish_reason in FINISHED else "unfinished"
         first, later = (self.starts[0][1] if self.starts else version), self.starts[1:]
-        return Response(list(self.token_ids), list(self.logprobs), reason, first, decode(self.token_ids), later_versions=later or None)
+        text = decode(self.token_ids) if reason in FINISHED else ""  # thousands of long ones at a time, and nobody reads them
+        return Response(list(self.token_ids), list(self.logprobs), reason, first, text, later_versions=later or None)
 
 
 def _check(token_ids: list, logprobs: list, of: list, vocab_size: int) -> None:

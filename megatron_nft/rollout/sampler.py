@@ -114,8 +114,11 @@ class Sampler:
 
     def load(self, state: dict, directory: Path) -> None:
         """Go on where the checkpoint in `directory` was taken, with any number of engines. A collective call."""
-        files = sorted(directory.glob("carried_*.parquet"), key=lambda path: int(path.stem.rpartition("_")[2]))
-        own = [group for path in files[self._engine.index :: self._engine.count] for group in read_rollouts(path)]
+        files = sorted((int(path.stem.rpartition("_")[2]), path) for path in directory.glob("carried_*.parquet"))
+        mine = [path for engine, path in files if engine % self._engine.count == self._engine.index]
+        own = [group for path in mine for group in read_rollouts(path)]
+        for group in own:
+            group.responses = group.responses if self._queue.fits(group.responses) else []
         told = [(group.position, group.prompt.id, [_mark(response) for response in group.responses]) for group in own]
         groups = [
             (key, name, holder, [_stub(*mark) for mark in marks])

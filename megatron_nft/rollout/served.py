@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
+from megatron_nft import watchdog
 from megatron_nft.checksums import Checksum
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError
@@ -113,6 +114,7 @@ class ServedEngine:
             return _GO_ON
 
         while (found := self.of_first(state)) != _DONE:
+            watchdog.beat()  # on all ranks, as long as the first one looks: servers that make no progress are left out by the fleet
             if self.asked_to_stop():
                 raise Stopped("stopped on request while answers were sampled")
             if found == _RENEW:

@@ -1,9 +1,11 @@
 """The client of several servers: who gets what, what becomes of it when a server fails, and how new weights reach those that are left."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -256,11 +258,30 @@ def test_a_server_of_another_run_is_refused(config, described, message):
         start(config, [server])
 
 
+def test_another_programs_server_is_refused(config):
+    handler = type("Nothing", (BaseHTTPRequestHandler,), {"do_GET": lambda own: own.send_error(404)})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        config.rollout.served.addresses = [f"http://127.0.0.1:{other.server_port}"]
+        with pytest.raises(UserError, match=f"http://127.0.0.1:{other.server_port} is no server of ours"):
+            Fleet(config, MODEL, str, note=lambda _: None)
+        other.shutdown()
+
+
 def test_a_server_that_does_not_answer(config, servers):
     config.rollout.served.start_timeout = 1
     servers[1].stop()
     with pytest.raises(UserError, match=f"{servers[1].address} does not answer after 1 s: start `megatron-nft serve`"):
         start(config, servers)
+
+
+def test_a_server_may_come_while_another_thread_goes_through_them(config, servers, fleet):
+    going = iter(fleet._members.values())
+    next(going)
+    with FakeServer() as another:
+        fleet._settings.addresses.append(another.address)
+        assert fleet.waiting() and len(fleet._members) == 3
+        next(going)
 
 
 def test_servers_are_found_by_their_files(config, servers):

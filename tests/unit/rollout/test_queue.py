@@ -131,6 +131,18 @@ def test_surplus_groups_are_carried_and_thrown_away_when_too_old():
     assert own.take().stale[0].key == 2
 
 
+def test_the_prompt_of_a_group_that_became_too_old_before_it_was_complete_is_sent_anew():
+    """Or long answers would be missing from the epoch."""
+    own = queue(order="finished")
+    own.begin(1, 0)
+    for key in send(own)[1:]:
+        judge(own, key, 1, 0, 1)
+    own.take()
+    assert own.begin(3, 2)[0] == 0
+    ticket = own.next()
+    assert ticket.prompt.id == "set/0" and ticket.key != 0
+
+
 def test_without_staleness_nothing_is_carried_and_no_prompt_lost():
     own = queue(max_staleness=0, unfinished="resume")
     own.begin(1, 0)
@@ -217,6 +229,14 @@ def test_hopeless_groups_are_given_up():
     assert [group.key for group in own.take().hopeless] == [0]
 
 
+def test_groups_that_were_given_up_count_as_uniform_where_the_share_of_mixed_ones_is_asked_for():
+    own = queue(hopeless_after=2, max_staleness=0, max_prompts_per_step=99)
+    own.begin(1, 0)
+    for key in send(own):
+        judge(own, key, 0, 0)
+    assert len(own.hopeless()) == 11 and len(send(own)) == 79, "as many as after 11 uniform ones"
+
+
 def test_dropped_answers_make_no_group_mixed():
     own = queue(truncated="drop")
     own.begin(1, 0)
@@ -253,6 +273,21 @@ def test_a_checkpoint_keeps_all_that_goes_on():
     assert saved.enough and restored.enough
     assert [group.key for group in saved.take().kept] == [group.key for group in restored.take().kept] == [2]
     assert [saved.next() for _ in range(4)] == [restored.next() for _ in range(4)]
+
+
+def test_a_checkpoint_keeps_the_order_of_finishing():
+    saved = queue(wanted=1, order="finished")
+    saved.begin(1, 0)
+    send(saved)
+    for key in (3, 2, 0):
+        judge(saved, key, 1, 0, 1)
+    assert [group.key for group in saved.take().kept] == [3]
+    restored = queue(wanted=1, order="finished")
+    complete = [(group.key, group.prompt.id, group.holder, group.responses) for group in saved.carried() if group.is_complete]
+    restored.load(json.loads(json.dumps(saved.state_dict())), complete)
+    for own in (saved, restored):
+        own.begin(2, 1)
+        assert [group.key for group in own.take().kept] == [2]
 
 
 def test_prompts_of_uniform_groups_are_passed_over_and_come_again():

@@ -239,6 +239,15 @@ def test_a_checkpoint_has_complete_groups_and_answers_as_far_as_they_are(run, se
     again.close()
 
 
+def test_waiting_for_servers_that_write_is_no_hang(run, servers, monkeypatch):
+    """On every rank, also those that only hear of it once a second."""
+    beats = []
+    monkeypatch.setattr(served.watchdog, "beat", lambda: beats.append(1))
+    looks = iter([False, False, True])
+    run.engine.until(lambda: next(looks))
+    assert len(beats) == 2
+
+
 def test_gather_and_the_rest_of_an_engine(run):
     assert (run.engine.count, run.engine.index, run.engine.is_first) == (1, 0, True)
     assert run.engine.gather({"a": 1}) == [{"a": 1}] and run.engine.checksums() == {}
