@@ -88,8 +88,8 @@ async def join(name: str, remote: Remote, model: dict[str, Any], window: int, ba
 
     model: the content of config.json; window: tokens of the longest prompt and answer together.
     """
-    await remote.call("health", get=True)
     try:
+        await remote.call("health", get=True)
         found = await remote.rpc(DESCRIBE)
         served, workers, slots = found["model"], int(found["workers"]), int(found["max_num_seqs"])
         instance = str(found["instance"])
