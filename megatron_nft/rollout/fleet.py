@@ -59,6 +59,7 @@ class Fleet(Membership):
         self._last: tuple[Inbox, int, Member] | None = None  # the last answer that was sent
         self._updated: list[Member] = []  # servers that take part in the update under way
         self._scored, self._asked = 0, time.monotonic()
+        self.written = 0  # tokens that came so far
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
@@ -288,6 +289,7 @@ class Fleet(Membership):
         def heard(tokens: int) -> int:
             member.heard = time.monotonic()
             member.tokens += tokens
+            self.written += tokens
             return member.version
 
         try:

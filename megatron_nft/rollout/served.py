@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
+from megatron_nft import watchdog
 from megatron_nft.checksums import Checksum
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError
@@ -95,8 +96,11 @@ class ServedEngine:
 
     def until(self, done: Callable[[], bool]) -> None:
         """Wait until done() is true, which only the first rank asks and which may take a second. New weights are sent meanwhile where all
-        servers were lost and one is back. Raises Stopped where the run is asked to stop."""
+        servers were lost and one is back. Raises Stopped where the run is asked to stop.
+
+        Tokens that come are beats for the watchdogs of all ranks, and so are looks for a server, whose number has an end of its own."""
         alone_since: list[float] = []
+        beaten = -1.0
 
         def state() -> int:
             if done():
@@ -112,7 +116,15 @@ class ServedEngine:
             time.sleep(PERIOD)
             return _GO_ON
 
-        while (found := self.of_first(state)) != _DONE:
+        def told() -> tuple[int, float]:
+            found = state()
+            return found, time.monotonic() if alone_since else self.fleet.written
+
+        while (now := self.of_first(told))[0] != _DONE:
+            found, mark = now
+            if mark != beaten:
+                watchdog.beat()
+                beaten = mark
             if self.asked_to_stop():
                 raise Stopped("stopped on request while answers were sampled")
             if found == _RENEW:

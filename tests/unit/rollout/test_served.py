@@ -198,6 +198,19 @@ def test_validation_is_answered_beside_the_rest_and_survives_a_death(run, server
     assert sorted(index for index, _ in told) == list(range(12)) and all(response is responses[index] for index, response in told)
 
 
+def test_tokens_that_come_are_beats_for_the_watchdog_and_silence_is_none(run, monkeypatch):
+    beats, looks = [], iter(range(10))
+    monkeypatch.setattr(served.watchdog, "beat", lambda: beats.append(True))
+
+    def done() -> bool:
+        look = next(looks)
+        run.engine.fleet.written += look in (3, 5)
+        return look == 9
+
+    run.engine.until(done)
+    assert len(beats) == 3, "at the beginning, and when tokens came"
+
+
 def test_a_run_that_is_asked_to_stop(config, servers):
     stop = []
     run = Run(config, stop=lambda: bool(stop))
