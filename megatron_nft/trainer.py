@@ -135,7 +135,7 @@ class Run:
             self.carried = self.sampler.carried()
         else:
             self._note_state(0)
-        self.check = None if config.replay else SelfCheck(self.policy, self.engine, given.prompts.prompts, config)
+        self.check = SelfCheck(self.policy, self.engine, given.prompts.prompts, config)
         self.sync(self.first_step)
 
     def __enter__(self) -> Self:
@@ -239,8 +239,7 @@ class Run:
 
     def sync(self, step: int) -> None:
         """The trainer's weights for the sampler, and the check that they got there."""
-        self.sampler.sync(self.policy.hand_over(), version=step)
-        if self.check:
+        if self.sampler.sync(self.policy.hand_over(), version=step):
             self.log.add({f"train/{name}": value for name, value in self.check.after_sync(step).items()})
         self.policy.offload()
 

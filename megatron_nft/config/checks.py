@@ -8,6 +8,8 @@ from megatron_nft.config.objective import AUTHORS_DAPO, OWN_SETTINGS, POLICY_GRA
 from megatron_nft.config.settings import PHASES, Config, value_of
 from megatron_nft.errors import UserError
 
+LAST_PORT = 65535  # of TCP
+
 
 def check(config: Config) -> None:
     """Raise UserError for values that no model, data or machine could make right."""
@@ -163,10 +165,13 @@ def _check_order(config: Config) -> None:
 def _check_served(config: Config) -> None:
     addresses = config.rollout.served.addresses
     for address in addresses:
-        if not re.fullmatch(r"http://[^/\s:]+:\d+/?", address):
+        found = re.fullmatch(r"http://[^/\s:]+:(\d+)/?", address)
+        if not found or not 0 < int(found[1]) <= LAST_PORT:
             raise UserError(f"{address!r} in rollout.served.addresses is no address of a server", "write http://host:port")
     if len({address.rstrip("/") for address in addresses}) < len(addresses):
         raise UserError("rollout.served.addresses has an address twice", "leave one of them out")
+    if config.rollout.served.port > LAST_PORT:
+        raise UserError(f"rollout.served.port is {config.rollout.served.port}", f"use at most {LAST_PORT}, or 0 for any that is free")
 
 
 def _check_batches(config: Config) -> None:

@@ -45,11 +45,11 @@ class ServedSampler:
         groups, self._groups = self._groups, []
         return Rollout(groups, numbers, seconds, warnings)
 
-    def sync(self, buckets: Iterator[Bucket], version: int) -> None:
-        """New weights for all servers. Until the next step begins nothing new is sent."""
+    def sync(self, buckets: Iterator[Bucket], version: int) -> bool:
+        """New weights for all servers; false where the run is to stop and there is none. Until the next step begins nothing new is sent."""
         if self._engine.is_first:
             self._driver.hold()
-        self._engine.sync(buckets, version)
+        return self._engine.sync(buckets, version)
 
     def close(self) -> None:
         """End the thread and give up what runs."""

@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 
 from megatron_nft.config import Config
+from megatron_nft.errors import UserError
 from megatron_nft.rollout import serving
 from megatron_nft.rollout.member import Member
 from megatron_nft.rollout.membership import TICK, Membership
@@ -59,6 +60,7 @@ class Fleet(Membership):
         self._last: tuple[Inbox, int, Member] | None = None  # the last answer that was sent
         self._updated: list[Member] = []  # servers that take part in the update under way
         self._scored, self._asked = 0, time.monotonic()
+        self.written = 0  # tokens that came so far
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
@@ -182,13 +184,16 @@ class Fleet(Membership):
         """Give all servers new weights: buckets of full tensors under their Hugging Face names, all of `names`. Servers that are healthy
         again come in; one that fails is left out, and the others go on. Raises RuntimeError for a stream that leaves tensors out, UserError
         where no server is there."""
-        self.prepare()
+        timeout = self._settings.start_timeout
+        if not self.prepare(timeout):
+            raise UserError(f"no server was there for {timeout} s", "see what the servers wrote, and start them again")
         self.send_weights(buckets, names)
         self.finish(version)
 
-    def prepare(self) -> None:
-        """The first part of sync: the servers stop writing. Waits for one where there is none."""
-        self._updated = self._call(self._begin_update())
+    def prepare(self, seconds: float) -> bool:
+        """The first part of sync: the servers stop writing. Whether there is one; where there is none it waits so long."""
+        self._updated = self._call(self._begin_update(seconds))
+        return bool(self._updated)
 
     def send_weights(self, buckets: Iterable[Bucket], names: frozenset[str]) -> None:
         """The second part: the stream is taken to its end, even where no server is left to take it."""
@@ -310,6 +315,7 @@ class Fleet(Membership):
         def heard(tokens: int) -> int:
             member.heard = time.monotonic()
             member.tokens += tokens
+            self.written += tokens
             return member.version
 
         try:

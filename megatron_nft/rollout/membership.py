@@ -27,6 +27,7 @@ class Membership(ABC):
     def __init__(self, config: Config, model: dict[str, Any], note: Callable[[str], None]):
         self._config, self._settings, self._model, self._note = config, config.rollout.served, model, note
         self._members: dict[str, Member] = {}  # by address
+        self._strangers: set[str] = set()  # addresses of servers that came during the run, and are none of its own
 
     @abstractmethod
     def _leave_out(self, member: Member, why: str) -> None:
@@ -41,7 +42,7 @@ class Membership(ABC):
     async def _wait_for_servers(self) -> None:
         end, wanted = time.monotonic() + self._settings.start_timeout, len(self._settings.addresses) or self._settings.count
         while True:
-            silent = await self._look()
+            silent = await self._look(at_start=True)
             if len(self._members) >= wanted:
                 return
             if time.monotonic() > end:
@@ -53,16 +54,24 @@ class Membership(ABC):
                 )
             await asyncio.sleep(TICK)
 
-    async def _look(self) -> list[str]:
-        """Make members of the servers that answer; the addresses of those that do not."""
+    async def _look(self, at_start: bool = False) -> list[str]:
+        """Make members of the servers that answer; the addresses of those that do not. A server of another model or window is an error
+        at the start; later it is told of once and passed over: the run goes on with those it has."""
         new = {address: name for address, name in self._addresses().items() if address not in self._members}
-        joining = (self._join(address, name) for address, name in new.items())
+        joining = (self._join(address, name, at_start) for address, name in new.items())
         return [address for address, joined in zip(new, await asyncio.gather(*joining)) if not joined]
 
-    async def _join(self, address: str, name: str) -> bool:
+    async def _join(self, address: str, name: str, at_start: bool) -> bool:
         try:
             member = await join(name, Remote(self._session, address), self._model, max_model_len(self._config), backend())
         except Fault:
+            return False
+        except UserError as error:
+            if at_start:
+                raise
+            if address not in self._strangers:
+                self._strangers.add(address)
+                self._note(f"{error.problem}: it is passed over")
             return False
         self._members = {**self._members, address: member}  # another one: a thread may be going through the old one
         self._note(f"server {address} is there ({member.workers} workers, {member.slots} answers at a time)")
@@ -72,16 +81,17 @@ class Membership(ABC):
         await self._look()
         return any(not member.is_in for member in self._members.values())
 
-    async def _begin_update(self) -> list[Member]:
-        """The servers that take part, paused and told of it. Waits where there is none."""
-        end = time.monotonic() + self._settings.start_timeout
-        while time.monotonic() < end:
+    async def _begin_update(self, seconds: float) -> list[Member]:
+        """The servers that take part, paused and told of it. Where there is none it waits so long for one."""
+        end = time.monotonic() + seconds
+        while True:
             await self._look()
             members = await self._each(list(self._members.values()), lambda member: member.pause(self._settings))
             if members := await self._each(members, lambda member: member.begin(self._settings)):
                 return members
+            if time.monotonic() > end:
+                return []
             await asyncio.sleep(TICK)
-        raise UserError(f"no server was there for {self._settings.start_timeout} s", "see what the servers wrote, and start them again")
 
     async def _send_tensors(self, members: list[Member], tensors: list[tuple[str, Tensor]]) -> list[Member]:
         return await self._each(members, lambda member: member.take(tensors, self._settings.transfer_timeout))

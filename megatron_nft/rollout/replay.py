@@ -123,8 +123,9 @@ class Replay:
         groups = sorted(group for part in self._engine.gather([_told(group) for group in own]) for group in part)
         return Rollout(own, _statistics(groups), 0.0, [] if groups else ["no group was saved: no update in this step"])
 
-    def sync(self, buckets: Iterator[Bucket], version: int) -> None:
+    def sync(self, buckets: Iterator[Bucket], version: int) -> bool:
         """The weights are nobody's but the trainer's: the stream is not begun, on any rank."""
+        return False
 
     def close(self) -> None:
         """Nothing runs."""

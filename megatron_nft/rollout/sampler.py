@@ -86,9 +86,10 @@ class Sampler:
         self._engine.sleep()  # on a GPU training needs the memory; sync wakes it
         return rollout
 
-    def sync(self, buckets: Iterator[Bucket], version: int) -> None:
-        """New weights for the engine, as Engine.sync takes them."""
+    def sync(self, buckets: Iterator[Bucket], version: int) -> bool:
+        """New weights for the engine, as Engine.sync takes them; whether it has them."""
         self._engine.sync(buckets, version)
+        return True
 
     def close(self) -> None:
         """Nothing: what there is to end is the engine's."""

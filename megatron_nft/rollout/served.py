@@ -83,7 +83,10 @@ class ServedEngine:
                 return None
 
         while (found := self.of_first(ask)) is None:
-            self.sync(self._weights(), self.weight_version)
+            if not self.sync(self._weights(), self.weight_version):
+                time.sleep(
+                    PERIOD
+                )  # the run is to stop, but not here, where the step is half done: it ends with its grace time at the latest
         return found
 
     def decode(self, token_ids: list[int]) -> str:
@@ -96,8 +99,11 @@ class ServedEngine:
 
     def until(self, done: Callable[[], bool]) -> None:
         """Wait until done() is true, which only the first rank asks and which may take a second. New weights are sent meanwhile where all
-        servers were lost and one is back. Raises Stopped where the run is asked to stop."""
+        servers were lost and one is back. Raises Stopped where the run is asked to stop.
+
+        Tokens that come are beats for the watchdogs of all ranks, and so are looks for a server, whose number has an end of its own."""
         alone_since: list[float] = []
+        beaten = -1.0
 
         def state() -> int:
             if done():
@@ -113,8 +119,15 @@ class ServedEngine:
             time.sleep(PERIOD)
             return _GO_ON
 
-        while (found := self.of_first(state)) != _DONE:
-            watchdog.beat()  # on all ranks, as long as the first one looks: servers that make no progress are left out by the fleet
+        def told() -> tuple[int, float]:
+            found = state()
+            return found, time.monotonic() if alone_since else self.fleet.written
+
+        while (now := self.of_first(told))[0] != _DONE:
+            found, mark = now
+            if mark != beaten:
+                watchdog.beat()
+                beaten = mark
             if self.asked_to_stop():
                 raise Stopped("stopped on request while answers were sampled")
             if found == _RENEW:
@@ -122,17 +135,29 @@ class ServedEngine:
 
     # ---- weights
 
-    def sync(self, buckets: Iterator[Bucket], version: int) -> None:
-        """New weights for all servers: as Engine.sync. Where none of them came through, it is made again when one is back."""
-        self.of_first(lambda: self.fleet.prepare())
+    def sync(self, buckets: Iterator[Bucket], version: int) -> bool:
+        """New weights for all servers: as Engine.sync. Where none of them came through, it is made again when one is back. False where the
+        run is asked to stop before a server is there: no weights are sent then."""
+        end = time.monotonic() + self._timeout
+
+        def prepare() -> bool:
+            if self.fleet.prepare(PERIOD):
+                return True
+            if time.monotonic() > end:
+                raise UserError(f"no server was there for {self._timeout} s", "see what the servers wrote, and start them again")
+            return False
+
+        while not self.of_first(prepare):
+            watchdog.beat()
+            if self.asked_to_stop():
+                return False
         if self.is_first:
             self.fleet.send_weights(buckets, self.names)
         else:
             for bucket in buckets:
                 del bucket
         self.weight_version = version
-        if not self.of_first(lambda: self.fleet.finish(version)):
-            self.sync(self._weights(), version)
+        return self.of_first(lambda: self.fleet.finish(version)) or self.sync(self._weights(), version)
 
     def checksums(self) -> dict[frozenset[str], Checksum]:
         """None: the servers are checked by their log-probs."""

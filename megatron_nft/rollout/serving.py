@@ -205,7 +205,12 @@ def _reachable(host: str, local: bool = False) -> str:
 
 def _free_port(host: str) -> int:
     with socket.socket() as probe:
-        probe.bind((host, 0))
+        try:
+            probe.bind((host, 0))
+        except OSError as error:
+            raise UserError(
+                f"no server can listen on rollout.served.host {host!r}: {error.strerror}", "use an address of this machine"
+            ) from None
         return probe.getsockname()[1]
 
 

@@ -182,6 +182,7 @@ def test_a_log_prob_pass_smaller_than_a_micro_batch():
     [
         (["node1:8000"], "'node1:8000' in rollout.served.addresses is no address of a server: write http://host:port"),
         (["http://node1"], "'http://node1' in rollout.served.addresses is no address"),
+        (["http://node1:65536"], "'http://node1:65536' in rollout.served.addresses is no address"),
         (["http://a:1", "http://a:1/"], "rollout.served.addresses has an address twice"),
     ],
 )
@@ -191,4 +192,11 @@ def test_addresses_of_servers(addresses, message):
     check(config)
     config.rollout.served.addresses = addresses
     with pytest.raises(UserError, match=message):
+        check(config)
+
+
+def test_a_port_that_there_is_none():
+    config = Config(run_dir="x")
+    config.rollout.served.port = 65536
+    with pytest.raises(UserError, match="rollout.served.port is 65536: use at most 65535"):
         check(config)

@@ -15,6 +15,7 @@ from megatron_nft.config import Config, ServedConfig
 from megatron_nft.errors import UserError
 from megatron_nft.rollout import Request, member
 from megatron_nft.rollout.fleet import Fleet, NoServer
+from megatron_nft.rollout.remote import Refused, Remote
 from tests.support import one_bucket
 from tests.unit.rollout.fake_servers import FakeServer
 
@@ -282,6 +283,37 @@ def test_a_server_may_come_while_another_thread_goes_through_them(config, server
         fleet._settings.addresses.append(another.address)
         assert fleet.waiting() and len(fleet._members) == 3
         next(going)
+
+
+def test_an_address_of_something_else_is_refused(config, servers, monkeypatch):
+    """What listens there knows no /health."""
+
+    async def call(self, path, *_, **__):
+        raise Refused(f"{self.address}/{path}: 404")
+
+    monkeypatch.setattr(Remote, "call", call)
+    with pytest.raises(UserError, match=f"{servers[0].address} is no server of ours"):
+        start(config, servers[:1])
+
+
+def test_a_server_of_another_run_that_comes_later_is_passed_over(config, servers, monkeypatch):
+    """The run goes on with the servers it has, and tells of the stranger once."""
+    monkeypatch.setattr(member, "open_link", FakeLink)
+    notes, folder = [], Path(config.run_dir) / "servers"
+    folder.mkdir()
+    (folder / "a.json").write_text(json.dumps({"address": servers[0].address}))
+    config.rollout.served.count = 1
+    fleet = Fleet(config, MODEL, str, note=notes.append)
+    with FakeServer(max_model_len=41) as stranger:
+        (folder / "b.json").write_text(json.dumps({"address": stranger.address}))
+        for version in range(2):
+            fleet.sync(weights(), version, NAMES)
+        assert not fleet.waiting()
+    assert fleet.members == [servers[0].address]
+    assert [note for note in notes if "passed over" in note] == [
+        f"the server {stranger.address} has max_model_len 41, not 40: it is passed over"
+    ]
+    fleet.close()
 
 
 def test_servers_are_found_by_their_files(config, servers):

@@ -198,6 +198,19 @@ def test_validation_is_answered_beside_the_rest_and_survives_a_death(run, server
     assert sorted(index for index, _ in told) == list(range(12)) and all(response is responses[index] for index, response in told)
 
 
+def test_tokens_that_come_are_beats_for_the_watchdog_and_silence_is_none(run, monkeypatch):
+    beats, looks = [], iter(range(10))
+    monkeypatch.setattr(served.watchdog, "beat", lambda: beats.append(True))
+
+    def done() -> bool:
+        look = next(looks)
+        run.engine.fleet.written += look in (3, 5)
+        return look == 9
+
+    run.engine.until(done)
+    assert len(beats) == 3, "at the beginning, and when tokens came"
+
+
 def test_a_run_that_is_asked_to_stop(config, servers):
     stop = []
     run = Run(config, stop=lambda: bool(stop))
@@ -239,13 +252,12 @@ def test_a_checkpoint_has_complete_groups_and_answers_as_far_as_they_are(run, se
     again.close()
 
 
-def test_waiting_for_servers_that_write_is_no_hang(run, servers, monkeypatch):
-    """On every rank, also those that only hear of it once a second."""
-    beats = []
-    monkeypatch.setattr(served.watchdog, "beat", lambda: beats.append(1))
-    looks = iter([False, False, True])
-    run.engine.until(lambda: next(looks))
-    assert len(beats) == 2
+def test_a_sync_that_waits_for_servers_ends_when_the_run_is_asked_to_stop(run, monkeypatch):
+    """So that the step is finished and saved; the servers keep the weights they had, and the stream is not begun."""
+    monkeypatch.setattr(run.engine.fleet, "prepare", lambda seconds: False)
+    monkeypatch.setattr(run.engine, "_asked_to_stop", lambda: True)
+    stream = iter([1])
+    assert run.engine.sync(stream, 9) is False and run.engine.weight_version != 9 and next(stream) == 1
 
 
 def test_gather_and_the_rest_of_an_engine(run):

@@ -104,6 +104,12 @@ def test_a_server_that_dies_again_and_again_is_given_up(config, monkeypatch, cap
     assert capfd.readouterr().err.count("ended (exit code 3)") == 3
 
 
+def test_a_host_of_another_machine_is_refused(config):
+    config.rollout.served.host = "192.0.2.1"  # of documentation: nobody has it
+    with pytest.raises(UserError, match="no server can listen on rollout.served.host '192.0.2.1'"):
+        serving.Server(config, "fp32").watch([])
+
+
 def test_a_killed_watcher_takes_its_server_with_it(config):
     script = (
         "import sys; from megatron_nft.config import Config; from megatron_nft.rollout import serving\n"
