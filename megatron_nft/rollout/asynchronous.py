@@ -5,6 +5,7 @@ sync to the next rollout step nothing new is sent, so that a checkpoint has one 
 """
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from megatron_nft.rewards.judge import Judge
 
 TICK = 0.05  # seconds between two looks at verdicts
+MOST_LOSSES = 5  # of a group: then it is given up, since it may be what its servers die of
 ALL = 2**62
 
 
@@ -95,6 +97,7 @@ class Driver:
         self._prompts: dict[int, Prompt] = {}  # by key, of what runs
         # by key and sample: what there is of lost answers, until all others of their groups have ended, too
         self._partial: dict[int, dict[int, Response]] = {}
+        self._losses: Counter = Counter()  # by key
         self._held, self._ending, self._error = True, False, None
         self._tokens = self._lost = self._started = self._skipped = 0
         self.carried: list[Group] = []
@@ -179,6 +182,7 @@ class Driver:
             self._fleet.poll(), self._fleet.lost()
         self._prompts = {key: prompt for key, prompt in self._prompts.items() if key in open_keys}
         self._partial = {key: some for key, some in self._partial.items() if key in open_keys}
+        self._losses = Counter({key: count for key, count in self._losses.items() if key in open_keys})
 
     def _statistics(self, taken: Taken, version: int) -> dict[str, float]:
         summaries = [summarise(group.group(), group.responses, version) for group in taken.decided]
@@ -238,6 +242,7 @@ class Driver:
         returned."""
         ended, lost = [], self._fleet.lost()
         self._lost += len(lost)
+        self._losses.update({key for key, *_ in lost})
         if lost or self._partial:
             lost += self._fleet.withdraw({key for key, *_ in lost} | self._partial.keys())
         for key, sample, response in lost:
@@ -254,6 +259,10 @@ class Driver:
         running = {group.key: group for group in self._queue.running()} if self._partial else {}
         for key, partial in list(self._partial.items()):
             if (group := running.get(key)) is None:
+                del self._partial[key]
+            elif self._losses[key] > MOST_LOSSES:
+                self._queue.give_up(key)
+                self._fleet.abort({key})
                 del self._partial[key]
             elif all(sample in partial or (r is not None and r.verdict is not None) for sample, r in enumerate(group.responses)):
                 begun = all(_has_begun(group, response) for response in partial.values())

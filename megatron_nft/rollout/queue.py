@@ -176,6 +176,12 @@ class Queue:
         self._share[1] += len(found)  # as good as uniform
         return [group.key for group in found]
 
+    def give_up(self, key: int) -> None:
+        """Nobody can answer the group's prompt: it counts with the hopeless ones."""
+        if (group := self._open.get(key)) is not None:
+            self._remove([group])
+            self._hopeless.append(group)
+
     def put_back(self, key: int) -> None:
         """An engine lost the group's running answers: they are sent again from their beginnings. What is judged stays, unless the weights
         have changed: all answers of a group are started from one version."""

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_nft.config import Config
 from megatron_nft.prompts import Cursor, PromptSet
-from megatron_nft.rollout.asynchronous import Driver
+from megatron_nft.rollout.asynchronous import MOST_LOSSES, Driver
 from megatron_nft.rollout.fleet import Inbox
 from megatron_nft.trajectories import Response, Verdict
 from tests.unit.rollout.fakes import MIXED, fake_prompt
@@ -200,3 +200,14 @@ def test_without_staleness_nothing_is_sent_between_two_steps(made):
     driver.begin(2, 1)
     driver._advance()
     assert [driver._queue._open[key].prompt.id for key, sample, _ in fleet.asked[3 * N :] if not sample] == ["set/0", "set/1", "set/2"]
+
+
+def test_a_group_that_is_lost_again_and_again_is_given_up(made):
+    """It may be what its servers die of; without an end it would keep the step from ending."""
+    driver, fleet, _ = made
+    for _ in range(MOST_LOSSES + 1):
+        assert 0 in driver._queue._open
+        fleet.lose(0, 1, 0, 0)
+        driver._advance()
+    assert 0 not in driver._queue._open and not [at for at in fleet.running_answers if at[0] == 0]
+    assert [group.key for group in driver._queue.take().hopeless] == [0]
