@@ -63,6 +63,8 @@ class Engine:
     `rounds_head` tells of a sampler that rounds its logits to 16 bits.
     """
 
+    shows_tensors = True  # checksums() and differing() look at what vLLM holds
+
     def __init__(
         self,
         model_path: str,

@@ -35,6 +35,7 @@ class ServedEngine:
     """
 
     count, index = 1, 0
+    shows_tensors = False  # servers are checked by their log-probs alone
 
     def __init__(
         self,

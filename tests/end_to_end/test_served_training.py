@@ -27,8 +27,8 @@ def kill_server(run_dir: Path) -> None:
 
 @pytest.mark.timeout(1500)
 def test_a_run_outlives_its_server(tmp_path):
-    """Every step has all its groups, of all their answers, none of them twice or of weights too old; and log-probs of answers that no update
-    crossed are the trainer's (2e-5 in the first step, whose answers are of the first weights alone)."""
+    """Every step has all its groups, of all their answers, none of them twice or of weights too old. The log-probs of the first step, whose
+    answers no update has crossed, are the trainer's (2e-5)."""
     run_dir = tmp_path / "run"
     server = runs.start("serve", run_dir, *SERVED, log=tmp_path / "server.log")
     trainer = runs.start("train", run_dir, *SERVED, log=tmp_path / "log")
