@@ -115,6 +115,7 @@ class Run:
         loaded = None
         if given.checkpoint:
             loaded, self.state = self.policy.load_newest(given.checkpoint)
+            rollout.check_resumed(config, self.state["sampler"])  # before anything of the run is written over
             self.first_step, self.tokens = self.state["step"], self.state["tokens"]
             self.cursor.load_state_dict(self.state["cursor"])
         self.policy.offload()  # what the engine finds free it takes
@@ -130,7 +131,6 @@ class Run:
             self.log.note("this vLLM rounds its logits to 16 bits (it has no head_dtype), the trainer does not: watch logprob_difference")
         self.engine.scale_cache_by(given.prompts.prompts)
         if loaded:
-            rollout.check_resumed(config, self.state["sampler"])
             self.sampler.load(self.state["sampler"], loaded)
             self.carried = self.sampler.carried()
         else:

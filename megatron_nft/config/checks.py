@@ -150,6 +150,11 @@ def _check_order(config: Config) -> None:
             "rollout.hopeless_after is set and rollout.order prompt: which answers are finished first depends on the engines",
             "use rollout.order=started",
         )
+    if rollout.hopeless_after is not None and rollout.hopeless_after >= rollout.n:
+        raise UserError(
+            f"rollout.hopeless_after ({rollout.hopeless_after}) is not less than rollout.n ({rollout.n}): by then a group is complete",
+            "lower it, or leave it out",
+        )
     if rollout.max_prompts_per_step is not None and rollout.max_prompts_per_step < rollout.prompts_per_step:
         raise UserError(
             f"rollout.max_prompts_per_step ({rollout.max_prompts_per_step}) is less than rollout.prompts_per_step "

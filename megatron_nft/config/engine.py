@@ -66,6 +66,12 @@ def _check_answers(rollout: RolloutConfig) -> None:
             f"rollout.max_num_seqs ({rollout.max_num_seqs}) is less than rollout.n ({rollout.n}), whose answers to a prompt start together",
             "raise it, or lower n",
         )
+    if rollout.max_num_batched_tokens < rollout.max_num_seqs:
+        raise UserError(
+            f"rollout.max_num_batched_tokens ({rollout.max_num_batched_tokens}) is less than rollout.max_num_seqs "
+            f"({rollout.max_num_seqs}), each of which gets a token in a scheduler step",
+            "raise it, or lower max_num_seqs",
+        )
 
 
 def _check_speculation(rollout: RolloutConfig) -> None:
@@ -79,6 +85,9 @@ def _check_speculation(rollout: RolloutConfig) -> None:
         )
     if "num_speculative_tokens" not in speculative:
         raise UserError("rollout.speculative_config has no num_speculative_tokens", "add how many tokens are drafted at a time, e.g. 4")
+    drafted = speculative["num_speculative_tokens"]
+    if not isinstance(drafted, int) or isinstance(drafted, bool) or drafted < 1:
+        raise UserError(f"rollout.speculative_config.num_speculative_tokens is {drafted!r}", "use a whole number, 1 or more")
     method = str(speculative.get("method"))
     if not (method.startswith("ngram") or method == "suffix" or speculative.get("model")):
         raise UserError(f"rollout.speculative_config has method {method} and no model", "name the draft's directory as model, or use ngram")

@@ -104,7 +104,7 @@ class RolloutConfig:
     dynamic_sampling: bool = True  # train on mixed groups only, as many prompts being sent as that takes; false: on all of prompts_per_step
     max_prompts_per_step: int | None = None  # then train on what there is; default: 8 x prompts_per_step
     # prompt: as if one prompt were answered after the other; the same whatever the number of engines, and bit for bit after a resume
-    # started: in the order of starting, with max_staleness | finished: in the order of finishing, which favours short answers (length_bias)
+    # started: in the order of starting, with max_staleness | finished: in the order of finishing, which favours short answers
     order: str = "prompt"
     # weight updates between the start of an answer and the step that trains on it; above 0, groups beyond those wanted are carried to the
     # next step, and unfinished answers are resumed there with the tokens they have, or dropped and their prompts sent anew

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -92,6 +95,8 @@ def check(rollout: RolloutConfig) -> None:
         _check_cpu(rollout)
     if rollout.vllm or rollout.kv_cache_dtype not in PLAIN_CACHES:
         _check_names(rollout)
+    if rollout.speculative_config:
+        _check_speculation(rollout)
 
 
 def _check_cpu(rollout: RolloutConfig) -> None:
@@ -120,3 +125,39 @@ def _check_names(rollout: RolloutConfig) -> None:
         raise UserError(
             f"rollout.kv_cache_dtype is {rollout.kv_cache_dtype!r}", f"vLLM {vllm.__version__} has {', '.join(get_args(CacheDType))}"
         )
+
+
+def _check_speculation(rollout: RolloutConfig) -> None:
+    """Names alone: what the values have to be depends on the method, and vLLM says so when it starts."""
+    set_environment(rollout)
+    import vllm
+    from vllm.config.speculative import SpeculativeConfig
+
+    known = {field.name for field in dataclasses.fields(SpeculativeConfig)}
+    for name in rollout.speculative_config:
+        if name not in known:
+            raise UserError(
+                f"rollout.speculative_config.{name} is no field of vLLM {vllm.__version__}'s SpeculativeConfig",
+                "mend the name, or leave it out",
+            )
+    if has_draft_model(rollout.speculative_config) and not Path(str(rollout.speculative_config["model"])).is_dir():
+        raise UserError(
+            f"rollout.speculative_config.model: no directory at {rollout.speculative_config['model']}", "give the draft model's directory"
+        )
+
+
+@contextmanager
+def refusals_told() -> Iterator[None]:
+    """What vLLM's own validation refuses among its arguments comes as a UserError: these are values that the settings gave."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        said = " ".join(first["msg"].split())
+        raise UserError(
+            f"vLLM refuses its {error.title}{f' ({where})' if where else ''}: {said}",
+            "mend rollout.speculative_config, rollout.vllm, or the setting of that name",
+        ) from error

@@ -22,7 +22,7 @@ from megatron_nft.checksums import Checksum
 from megatron_nft.config import RolloutConfig
 from megatron_nft.errors import UserError
 from megatron_nft.rollout import kv_scales, loaded
-from megatron_nft.rollout.arguments import engine_arguments, has_draft_model
+from megatron_nft.rollout.arguments import engine_arguments, has_draft_model, refusals_told
 from megatron_nft.rollout.settings import (
     Request,
     generators_kept,
@@ -80,7 +80,7 @@ class Engine:
 
         max_model_len is in tokens, prompt and answer together; precision is "fp32", "bf16" or "fp16"; the seed is the same on every rank.
         asked_to_stop gives all ranks the same answer, and is called by all of them equally often; where it is true, running answers are
-        given up and Stopped is raised. Raises UserError where the world does not divide into engines.
+        given up and Stopped is raised. Raises UserError where the world does not divide into engines, or vLLM refuses a setting.
         """
         world, rank, tp = dist.get_world_size(), dist.get_rank(), rollout.tensor_parallel_size
         check_world(rollout, world)
@@ -100,7 +100,7 @@ class Engine:
             name_shared_memory(token[0])
         if rollout.speculative_config and not self._on_gpu:
             mend_expansion()
-        with generators_kept():
+        with generators_kept(), refusals_told():
             self._llm = LLM(
                 **engine_arguments(rollout, model_path, max_model_len, precision, seed),
                 distributed_executor_backend="external_launcher",

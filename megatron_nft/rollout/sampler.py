@@ -77,7 +77,7 @@ class Sampler:
                 break
             ticks, used = ticks + 1, used + sum(self._busy)
             self._advance(ticks)
-        idle = 1 - used / max(ticks * self._engine.count * self._engine.slots, 1)
+        idle = 1 - used / (ticks * self._engine.count * self._engine.slots) if ticks else 0.0
         sent, enough = self._queue.started, self._queue.enough
         taken = self._queue.take()
         self._pause()

@@ -47,8 +47,7 @@ def summarise(group: Group, sampled: list[Response] | None = None, version: int 
 def statistics(summaries: list[GroupSummary], kept: set[int]) -> dict[str, float]:
     """Numbers of one step over all groups that were decided in it, kept or not. Rates and lengths leave dropped answers out.
 
-    kept: their positions. length_bias is the mean length of the kept groups' answers over that of all: 1 where the choice of groups
-    favours neither short nor long answers.
+    kept: their positions. Of a choice of groups that favours short answers, kept_response_length beside response_length tells.
     """
     answered = [s for s in summaries if s.rates]
     trained = [s for s in answered if s.position in kept]

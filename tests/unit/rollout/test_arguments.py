@@ -105,6 +105,24 @@ def test_an_fp8_cache_on_an_old_cpu(monkeypatch):
     arguments.check(RolloutConfig())
 
 
+def test_speculation_that_vllm_does_not_know(tmp_path):
+    with pytest.raises(UserError, match="rollout.speculative_config.lookup is no field of vLLM"):
+        arguments.check(RolloutConfig(speculative_config={**NGRAM, "lookup": 3}))
+    with pytest.raises(UserError, match="no directory at /draft"):
+        arguments.check(RolloutConfig(speculative_config=DRAFT))
+    arguments.check(RolloutConfig(speculative_config={**DRAFT, "model": str(tmp_path)}))
+
+
+def test_what_vllm_refuses_is_one_line():
+    from vllm.config import CacheConfig
+
+    with pytest.raises(UserError, match=r"vLLM refuses its CacheConfig \(block_size\): .*greater") as caught, arguments.refusals_told():
+        CacheConfig(block_size=-1)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="ours"), arguments.refusals_told():  # a fault of another kind stays one
+        raise ValueError("ours")
+
+
 def refused(**settings) -> str:
     with pytest.raises(UserError) as caught:
         check_settings(Config(rollout=RolloutConfig(**settings)))
@@ -130,6 +148,9 @@ def test_settings_that_do_not_go_together():
     assert "method eagle3 and no model" in refused(speculative_config={"method": "eagle3", "num_speculative_tokens": 2})
     assert "rollout.stop and rollout.speculative_config" in refused(speculative_config=NGRAM, stop=["\n"])
     assert "enforce_eager is true and rollout.cudagraph_mode FULL" in refused(enforce_eager=True, cudagraph_mode="FULL")
+    for number in (0, -1, "x", 1.5, True):
+        assert f"num_speculative_tokens is {number!r}" in refused(speculative_config={**NGRAM, "num_speculative_tokens": number})
+    assert "max_num_batched_tokens (8) is less than rollout.max_num_seqs (9)" in refused(max_num_batched_tokens=8, max_num_seqs=9)
     assert "rollout.max_num_seqs (7) is less than rollout.n (8)" in refused(max_num_seqs=7)
     for right in ({"speculative_config": DRAFT}, {"max_num_seqs": 8}, {"stop": ["</answer>", "\n\n"]}, {"vllm": {"block_size": 16}}):
         check_settings(Config(rollout=RolloutConfig(**right)))

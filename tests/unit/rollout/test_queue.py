@@ -226,6 +226,7 @@ def test_hopeless_groups_are_given_up():
     judge(own, 1, 0, 1)
     judge(own, 2, 0)
     assert own.hopeless() == [0] and own.hopeless() == []
+    assert own.state_dict()["share"] == [0.5, 2.5]  # half of what was assumed, and one that is not mixed
     assert [group.key for group in own.take().hopeless] == [0]
 
 
