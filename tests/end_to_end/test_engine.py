@@ -197,7 +197,7 @@ def test_a_stop_string_ends_an_answer_which_keeps_it(engine):
     count = len(stopped.token_ids)
     assert count < 40 and stopped.token_ids == whole.token_ids[:count]
     assert stopped.logprobs == pytest.approx(whole.logprobs[:count], rel=0, abs=TOLERANCE)
-    assert string not in engine._tokenizer.decode(stopped.token_ids[:-1], skip_special_tokens=True)
+    assert string not in engine.decode(stopped.token_ids[:-1])
 
 
 def test_answers_are_handed_over_as_they_finish(engine):

@@ -80,7 +80,7 @@ def test_two_ranks_equal_one(layout, single, tmp_path):
     start = load_file(ROOT / "examples/arithmetic/model/model.safetensors")
     assert max((expected[name] - start[name]).abs().max() for name in start) > 3e-4
     if layout.endswith("two engines"):
-        assert sorted(path.name for path in (tmp_path / "run" / "rollouts").iterdir()) == ["step_1-0.parquet", "step_1-1.parquet"]
+        assert sorted(path.name for path in (tmp_path / "run" / "rollouts").glob("step_*")) == ["step_1-0.parquet", "step_1-1.parquet"]
 
 
 def validation(row: dict) -> dict:

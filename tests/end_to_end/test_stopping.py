@@ -26,7 +26,7 @@ def test_stopped_at_any_time_and_resumed_equals_never_stopped(small, tmp_path):
         return line(printed)
 
     saved = "megatron-nft: stopped on request after step {}, saved; the same command goes on"
-    assert stopped(stage="generate", step=2, after=0.1, signal="SIGUSR1") == saved.format(1)
+    assert stopped(stage="generate", step=2, after=0.0, signal="SIGUSR1") == saved.format(1)
     assert [row["step"] for row in runs.rows(run_dir)] == [0, 1]
     assert stopped(stage="train", step=2, after=0.1, signal="SIGTERM", times=60) == saved.format(2)
     assert stopped(stage="validate", step=4, after=0.0, signal="SIGUSR1") == saved.format(4)

@@ -18,7 +18,8 @@ def test_the_run_directory_is_complete(finished):
     run_dir, printed = finished
     names = {path.name for path in run_dir.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "rollouts", "evaluations", "checkpoints", "huggingface", "report.html", "wandb"} <= names
-    assert sorted(p.name for p in (run_dir / "rollouts").iterdir()) == [f"step_{n}.parquet" for n in range(1, 9)]
+    kinds = ("coefficients", "step")
+    assert sorted(p.name for p in (run_dir / "rollouts").iterdir()) == [f"{kind}_{n}.parquet" for kind in kinds for n in range(1, 9)]
     assert sorted(p.name for p in (run_dir / "evaluations").iterdir()) == ["step_0.json", "step_4.json", "step_8.json"]
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step_6", "step_8"]  # keep: 2
     assert "heldout greedy" in printed and f"report: {run_dir / 'report.html'}" in printed
