@@ -253,6 +253,15 @@ def remove_later(directory: Path, last_step: int) -> None:
             file.unlink()
 
 
+def step_files(run_dir: str | Path) -> dict[int, list[Path]]:
+    """The files of each step's answers, rollouts/step_N.parquet or step_N-E.parquet, by step, in the order of the engines."""
+    found: dict[int, list[tuple[int, Path]]] = {}
+    for path in (Path(run_dir) / "rollouts").glob("step_*.parquet"):
+        if named := re.fullmatch(r"step_(\d+)(?:-(\d+))?", path.stem):
+            found.setdefault(int(named[1]), []).append((int(named[2] or 0), path))
+    return {step: [path for _, path in sorted(files)] for step, files in sorted(found.items())}
+
+
 def check_writable(run_dir: str | Path) -> None:
     """Raise UserError for a run directory that cannot be written or made."""
     existing = next(path for path in (Path(run_dir), *Path(run_dir).absolute().parents) if path.exists())

@@ -1,11 +1,12 @@
 """Answers of a run to look at: right and wrong ones of its first and last step, token by token in the colours of what the updates did."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megatron_nft.logbook import step_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,17 +36,8 @@ def sample_answers(run_dir: Path, model_path: str = "") -> list[tuple[int, list[
     wrote down R and c of its tokens and their tokenizer is there (with the model, or in the run's export), `tokens` (Tokens) and `largest`,
     the |c| of the strongest colour. Answers that have them are shown before others.
     """
-    files, models = _files(run_dir), (model_path, str(run_dir / "huggingface"))
+    files, models = step_files(run_dir), (model_path, str(run_dir / "huggingface"))
     return [(step, *_of_step(run_dir, step, files[step], models)) for step in sorted({min(files), max(files)} if files else ())]
-
-
-def _files(run_dir: Path) -> dict[int, list[Path]]:
-    """The files of every step's answers."""
-    found: dict[int, list[Path]] = {}
-    for path in sorted((run_dir / "rollouts").glob("step_*.parquet")):
-        if match := re.fullmatch(r"step_(\d+)(-\d+)?", path.stem):
-            found.setdefault(int(match[1]), []).append(path)
-    return found
 
 
 def _of_step(run_dir: Path, step: int, files: list[Path], models: tuple[str, ...]) -> tuple[list[dict], list[dict]]:

@@ -69,9 +69,10 @@ class Given:
         policy.check(config, max_model_len(config))
         tokenizer = prompts.load_tokenizer(config.model.path)
         training = prompts.load_prompts(config.data.train, tokenizer, config.data)
-        validation = {} if config.replay else prompts.load_sets(config.evaluation.sets, tokenizer, config.data)
         if config.replay:
             rollout.check_replay(config, tokenizer)
+            return cls(training, {}, found)
+        validation = prompts.load_sets(config.evaluation.sets, tokenizer, config.data)
         if validation:
             evaluation.check(validation, config.evaluation)
         return cls(training, validation, found)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_nft.config import Config
-from megatron_nft.rollout.queue import Open, Queue, Taken
-from megatron_nft.rollout.record import read_rollouts, write_rollouts
+from megatron_nft.rollout.queue import Open, Queue, Taken, has_verdict
+from megatron_nft.rollout.record import read_carried, write_carried
 from megatron_nft.rollout.sampler import Rollout
 from megatron_nft.rollout.served import PERIOD, ServedEngine
 from megatron_nft.rollout.summaries import statistics, summarise
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 TICK = 0.05  # seconds between two looks at verdicts
 MOST_LOSSES = 5  # of a group: then it is given up, since it may be what its servers die of
-ALL = 2**62
 
 
 class ServedSampler:
@@ -74,16 +73,12 @@ class ServedSampler:
 
     def write_carried(self, directory: Path, groups: list[Group]) -> list[Path]:
         """Write what `carried` gave into a checkpoint; the files."""
-        if not groups:
-            return []
-        write_rollouts(directory / "carried_0.parquet", 0, groups)
-        return [directory / "carried_0.parquet"]
+        return write_carried(directory, groups)
 
     def load(self, state: dict, directory: Path) -> None:
         """Go on where the checkpoint in `directory` was taken."""
         if self._engine.is_first:
-            groups = [group for path in sorted(directory.glob("carried_*.parquet")) for group in read_rollouts(path)]
-            self._driver.load(state, groups)
+            self._driver.load(state, read_carried(directory))
 
 
 class Driver:
@@ -144,13 +139,12 @@ class Driver:
     def state_dict(self) -> dict:
         """The queue's state, and `carried` with it. Answers that run are carried as far as they are, where all of a group have begun and
         they may be resumed; the others are sent again, with their prompts."""
-        resumed = self._rollout.unfinished == "resume" and self._rollout.max_staleness
         with self._lock:
             so_far = self._fleet.so_far()
             state, self.carried = self._queue.state_dict(), []
             for group in self._queue.carried():
                 known = [self._known(group, sample, so_far.get((group.key, sample))) for sample in range(len(group.responses))]
-                if group.is_complete or (resumed and all(_has_begun(group, response) for response in known)):
+                if group.is_complete or (self._queue.resumes and all(_has_begun(group, response) for response in known)):
                     self.carried.append(Group(group.prompt, known, group.key))
                 else:
                     state["again"].append(group.prompt.id)
@@ -161,8 +155,7 @@ class Driver:
     def load(self, state: dict, groups: list[Group]) -> None:
         """Go on where state_dict() was taken."""
         with self._lock:
-            known = [(group, group.responses if self._queue.fits(group.responses) else []) for group in groups]
-            self._queue.load(state, [(group.position, group.prompt.id, None, responses) for group, responses in known])
+            self._queue.load(state, [(g.position, g.prompt.id, None, self._queue.fitting(g.responses)) for g in groups])
 
     def close(self) -> None:
         """End the thread."""
@@ -176,7 +169,7 @@ class Driver:
             for group in self._queue.running():
                 self._queue.pause(group.key, False, {})
             self._verdicts.forget()
-        open_keys = {group.key for group in self._queue.carried()}
+        open_keys = self._queue.keys
         self._fleet.abort(set(self._prompts) - open_keys)
         if not self._rollout.max_staleness:  # a key may come again, for another prompt
             self._fleet.poll(), self._fleet.lost()
@@ -186,14 +179,15 @@ class Driver:
 
     def _statistics(self, taken: Taken, version: int) -> dict[str, float]:
         summaries = [summarise(group.group(), group.responses, version) for group in taken.decided]
-        return statistics(summaries, {group.key for group in taken.kept}) | {
-            "surplus_groups": len(taken.surplus),
-            "hopeless_groups": len(taken.hopeless),
-            "stale_groups": len(taken.stale),
-            "carried_groups": len(self._queue.carried()),
-            "sampled_tokens": self._tokens,
-            "answers_lost": self._lost,
-        }
+        return (
+            statistics(summaries, {group.key for group in taken.kept})
+            | taken.numbers()
+            | {
+                "carried_groups": len(self._queue.keys),
+                "sampled_tokens": self._tokens,
+                "answers_lost": self._lost,
+            }
+        )
 
     # ---- the thread's side
 
@@ -222,7 +216,7 @@ class Driver:
                 self._verdicts.ask(0, key, sample, self._prompts[key], whole)
             else:  # it waited at its server while the weights changed, and is of others than the rest of its group
                 self._partial.setdefault(key, {})[sample] = whole
-        for key, sample, response in self._verdicts.ready(0, ALL, idle=False):
+        for key, sample, response in self._verdicts.ready(0, len(self._verdicts), idle=False):
             self._queue.judged(key, sample, response)
         self._fleet.abort(self._queue.hopeless())
         self._send_lost_again()
@@ -264,9 +258,9 @@ class Driver:
                 self._queue.give_up(key)
                 self._fleet.abort({key})
                 del self._partial[key]
-            elif all(sample in partial or (r is not None and r.verdict is not None) for sample, r in enumerate(group.responses)):
+            elif all(sample in partial or has_verdict(known) for sample, known in enumerate(group.responses)):
                 begun = all(_has_begun(group, response) for response in partial.values())
-                if begun and self._rollout.unfinished == "resume" and self._rollout.max_staleness:
+                if begun and self._queue.resumes:
                     self._queue.pause(key, begun, self._partial.pop(key))
                 elif not self._held:
                     self._queue.put_back(key)
@@ -275,7 +269,7 @@ class Driver:
     def _known(self, group: Open, sample: int, so_far: Response | None) -> Response | None:
         """What there is of an answer; so_far: at its server."""
         known = group.responses[sample]
-        if known is not None and known.verdict is not None:
+        if has_verdict(known):
             return known
         return self._partial.get(group.key, {}).get(sample) or self._whole(group.key, sample, so_far)
 

@@ -44,9 +44,7 @@ ASK_EVERY = 8  # scheduler steps: a fraction of a second, against a reduction ov
 
 
 def check_world(rollout: RolloutConfig, world: int) -> None:
-    """Raise UserError where `world` processes do not divide into engines. Served ones are none of theirs."""
-    if rollout.mode == "served":
-        return
+    """Raise UserError where `world` processes do not divide into engines."""
     if world % rollout.tensor_parallel_size:
         raise UserError(
             f"rollout.tensor_parallel_size ({rollout.tensor_parallel_size}) does not divide the number of processes ({world})",
@@ -58,9 +56,8 @@ class Engine:
     """A vLLM engine under the external launcher: torch.distributed and RANK, LOCAL_RANK, WORLD_SIZE, MASTER_* are set by the caller.
 
     `index` of `count` engines is this rank's; `is_first` marks the one rank of an engine that hands on its answers; `slots` is how many
-    answers an engine can have running;
-    `weight_version` counts the syncs as told by the caller; `names` are the model's tensors under their Hugging Face names;
-    `rounds_head` tells of a sampler that rounds its logits to 16 bits.
+    answers an engine can have running; `weight_version` counts the syncs as told by the caller; `names` are the model's tensors under
+    their Hugging Face names; `rounds_head` tells of a sampler that rounds its logits to 16 bits.
     """
 
     shows_tensors = True  # checksums() and differing() look at what vLLM holds

@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
 SURE = 1.0  # standard deviations: so many more prompts are sent than the mixed share promises to be enough ...
 LEAST_SHARE = 0.05  # ... which is taken as no smaller than this
-FIRST_SHARE = (
-    1.0,
-    3.0,
-)  # mixed groups of so many: what is assumed before anything is known; the published runs send three times what they keep
+FIRST_SHARE = (1.0, 3.0)  # mixed groups of so many are assumed at first: the published runs send three times what they keep
 MEMORY = 0.5  # of that share, from one step to the next
 
 
@@ -50,7 +47,6 @@ class Open:
     first: int = 0  # number of its first answer among those that were asked of the prompt in that step
     mark: object = None  # where the cursor stood before the prompt; None: it did not come from there
     holder: int | None = None  # the engine that has its answers
-    waiting: bool = False  # to be sent again; otherwise it runs, or is complete
     drops_truncated: bool = False
     finished: int = 0  # its number in the order of completion
     left: int = 0  # answers without a verdict
@@ -59,7 +55,7 @@ class Open:
     @property
     def judged(self) -> list[Response]:
         """The answers that count: with a verdict, and not dropped."""
-        return [r for r in self.responses if _has_verdict(r) and not (self.drops_truncated and is_dropped(r))]
+        return [r for r in self.responses if has_verdict(r) and not (self.drops_truncated and is_dropped(r))]
 
     @property
     def is_complete(self) -> bool:
@@ -72,7 +68,7 @@ class Open:
 
     def count(self) -> None:
         """Bring `left` and `scores` up to date with the responses."""
-        self.left = sum(not _has_verdict(response) for response in self.responses)
+        self.left = sum(not has_verdict(response) for response in self.responses)
         self.scores = {response.verdict.score for response in self.judged}
 
     def group(self) -> Group:
@@ -80,7 +76,8 @@ class Open:
         return Group(self.prompt, self.judged, self.key)
 
 
-def _has_verdict(response: Response | None) -> bool:
+def has_verdict(response: Response | None) -> bool:
+    """Whether an answer is there and judged."""
     return response is not None and response.verdict is not None
 
 
@@ -98,6 +95,10 @@ class Taken:
     def decided(self) -> list[Open]:
         """What the step's statistics are about."""
         return sorted([*self.kept, *self.uniform, *self.surplus], key=lambda group: group.key)
+
+    def numbers(self) -> dict[str, int]:
+        """How many groups the step did not train on, for what reason."""
+        return {f"{name}_groups": len(getattr(self, name)) for name in ("surplus", "hopeless", "stale")}
 
 
 class Queue:
@@ -139,7 +140,7 @@ class Queue:
             group = self._open[key]
             if group.holder in (None, holder):
                 self._waiting.discard(key)
-                group.waiting, group.holder = False, holder
+                group.holder = holder
                 return Ticket(group.key, group.prompt, list(self._missing(group)))
         if not self._wants_more():
             return None
@@ -153,7 +154,7 @@ class Queue:
     def judged(self, key: int, sample: int, response: Response) -> None:
         """An answer is finished and has its verdict. Of a group that is gone, or an answer that has one already, nothing happens."""
         group = self._open.get(key)
-        if group is None or _has_verdict(group.responses[sample]):
+        if group is None or has_verdict(group.responses[sample]):
             return
         settle(response, self._reward, self._rollout.max_tokens)
         group.responses[sample] = response
@@ -187,7 +188,7 @@ class Queue:
         have changed: all answers of a group are started from one version."""
         if (group := self._open.get(key)) is not None and not group.is_complete:
             keep = group.version == self._version
-            group.responses = [r if keep and _has_verdict(r) else None for r in group.responses]
+            group.responses = [r if keep and has_verdict(r) else None for r in group.responses]
             group.count()
             group.holder, group.version = None, self._version
             self._wait(group)
@@ -220,16 +221,26 @@ class Queue:
                 self._cursor.remember(group.prompt, group.group().correct_rate, group.is_mixed)
         return taken
 
+    @property
+    def resumes(self) -> bool:
+        """Whether unfinished answers go on in the next step."""
+        return self._rollout.unfinished == "resume" and self._rollout.max_staleness > 0
+
+    @property
+    def keys(self) -> set[int]:
+        """Of the groups that are open."""
+        return set(self._open)
+
     def running(self) -> list[Open]:
         """Groups of which answers run."""
-        return [group for group in self._open.values() if not group.is_complete and not group.waiting]
+        return [group for group in self._open.values() if not group.is_complete and group.key not in self._waiting]
 
     def pause(self, key: int, begun: bool, partial: dict[int, Response]) -> None:
         """The engine has given up a group's running answers. begun: all of them had a token at least; partial: what they had, where this
         rank has it. They will go on, with rollout.unfinished resume, where they may become old enough; otherwise the prompt is sent anew
         before others."""
         group = self._open[key]
-        if not (begun and self._rollout.unfinished == "resume" and self._rollout.max_staleness):
+        if not (begun and self.resumes):
             self._remove([group])
             self._again.append(group.prompt)
             return
@@ -249,14 +260,16 @@ class Queue:
         """The groups that stay after a step, as they are now: what comes later does not change them."""
         return [replace(group, responses=list(group.responses), scores=set(group.scores)) for group in self._open.values()]
 
-    def fits(self, responses: list[Response]) -> bool:
-        """Whether a carried group is as the settings of now ask for: rollout.n answers, and those that are to go on below max_tokens."""
-        rollout = self._rollout
-        return len(responses) == rollout.n and all(_has_verdict(r) or len(r.token_ids) < rollout.max_tokens for r in responses)
+    def fitting(self, responses: list[Response]) -> list[Response]:
+        """The answers of a carried group, where it is as the settings of now ask for: rollout.n of them, and those that are to go on below
+        max_tokens. None otherwise."""
+        n, most = self._rollout.n, self._rollout.max_tokens
+        fits = len(responses) == n and all(has_verdict(r) or len(r.token_ids) < most for r in responses)
+        return responses if fits else []
 
     def load(self, state: dict, groups: Iterable[tuple[int, str, int | None, list[Response]]]) -> None:
-        """Go on where state_dict() and carried() were taken. groups: (key, prompt's id, holder, responses); where `fits` says that they
-        cannot go on, no responses, and the prompt is sent anew."""
+        """Go on where state_dict() and carried() were taken. groups: (key, prompt's id, holder, responses); where `fitting` leaves
+        no responses, the prompt is sent anew."""
         self._share, self._sent, self._completed = list(state["share"]), state["sent"], state["completed"]
         self._again = [self._cursor.prompt(name) for name in state["again"]]
         for key, name, holder, responses in sorted(groups, key=lambda group: group[0]):
@@ -339,7 +352,6 @@ class Queue:
         return Open(key, prompt, version, requests, [None] * len(requests), step, first, drops_truncated=drops, left=len(requests))
 
     def _wait(self, group: Open) -> None:
-        group.waiting = True
         self._waiting.add(group.key)
         self._changed()
 
@@ -358,7 +370,7 @@ class Queue:
         for sample, (request, known) in enumerate(zip(group.requests, group.responses, strict=True)):
             if known is None:
                 yield sample, request
-            elif not _has_verdict(known):
+            elif not has_verdict(known):
                 tokens = len(known.token_ids)
                 yield sample, replace(request, token_ids=(*request.token_ids, *known.token_ids), max_tokens=request.max_tokens - tokens,
                                       seed=seed_of(request.seed, tokens))  # fmt: skip

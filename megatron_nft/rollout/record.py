@@ -3,7 +3,6 @@ coefficients_N.parquet, how hard the updates pushed the tokens of a few of them.
 
 import itertools
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,19 +16,25 @@ def rollout_path(run_dir: str | Path, step: int, engine: int = 0, engines: int =
     return Path(run_dir) / "rollouts" / (f"step_{step}.parquet" if engines == 1 else f"step_{step}-{engine}.parquet")
 
 
-def step_files(run_dir: str | Path) -> dict[int, list[Path]]:
-    """The files of each step's answers, by step, in the order of the engines that wrote them."""
-    found: dict[int, list[tuple[int, Path]]] = {}
-    for path in (Path(run_dir) / "rollouts").glob("step_*.parquet"):
-        if named := re.fullmatch(r"step_(\d+)(?:-(\d+))?", path.stem):
-            found.setdefault(int(named[1]), []).append((int(named[2] or 0), path))
-    return {step: [path for _, path in sorted(files)] for step, files in sorted(found.items())}
-
-
 def write_rollouts(path: str | Path, step: int, groups: list[Group]) -> None:
     """Write groups as parquet, complete or not at all (a temporary name, then a rename)."""
     rows = [_row(step, group, sample, response) for group in groups for sample, response in enumerate(group.responses)]
     _write(Path(path), rows, _schema())
+
+
+def write_carried(directory: Path, groups: list[Group], engine: int = 0) -> list[Path]:
+    """Write an engine's groups that go on after a checkpoint into its directory; the files, none where there is no group."""
+    if not groups:
+        return []
+    path = directory / f"carried_{engine}.parquet"
+    write_rollouts(path, 0, groups)
+    return [path]
+
+
+def read_carried(directory: Path, index: int = 0, count: int = 1) -> list[Group]:
+    """What the engines with the numbers `index`, `index` + `count` ... wrote into a checkpoint."""
+    files = sorted((int(path.stem.rpartition("_")[2]), path) for path in directory.glob("carried_*.parquet"))
+    return [group for engine, path in files if engine % count == index for group in read_rollouts(path)]
 
 
 def write_coefficients(run_dir: str | Path, step: int, pushes: list[Pushes]) -> None:

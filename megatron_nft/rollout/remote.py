@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-from megatron_nft.rollout.settings import Request
+from megatron_nft.rollout.settings import Request, sampling
 from megatron_nft.trajectories import Response
 
 QUICK = 10.0  # seconds for a call that changes nothing
@@ -75,16 +75,6 @@ def _check(token_ids: list, logprobs: list, of: list, vocab_size: int) -> None:
         raise Fault(f"{len(logprobs)} log-probs that are not those of the {len(token_ids)} tokens")
     if not all(type(value) in (int, float) and math.isfinite(value) and NOT_A_NUMBER < value <= ROUNDING for value in logprobs):
         raise Fault("log-probs that are no finite numbers below zero")
-
-
-def sampling(request: Request) -> dict[str, Any]:
-    """vLLM's sampling parameters of a request, as JSON."""
-    params = {"temperature": request.temperature, "top_p": request.top_p, "max_tokens": request.max_tokens, "logprobs": 0}
-    if request.temperature:
-        params["seed"] = request.seed
-    if request.stop:
-        return params | {"stop": list(request.stop), "include_stop_str_in_output": True}
-    return params | {"detokenize": False}
 
 
 class Remote:

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError
-from megatron_nft.rollout.record import read_first_rows, read_rollouts, step_files
+from megatron_nft.logbook import step_files
+from megatron_nft.rollout.record import read_first_rows, read_rollouts
 from megatron_nft.rollout.sampler import Rollout
 from megatron_nft.trajectories import OUTCOMES, Group, Prompt
 from megatron_nft.weights import Bucket, read_json

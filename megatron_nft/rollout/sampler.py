@@ -16,7 +16,7 @@ from megatron_nft.config import Config
 from megatron_nft.rollout import endings, throughput, tools
 from megatron_nft.rollout.engine import ASK_EVERY, Engine
 from megatron_nft.rollout.queue import Queue, Taken
-from megatron_nft.rollout.record import read_rollouts, write_rollouts
+from megatron_nft.rollout.record import read_carried, write_carried
 from megatron_nft.rollout.settings import Request
 from megatron_nft.rollout.summaries import statistics, summarise
 from megatron_nft.rollout.verdicts import Verdicts
@@ -107,19 +107,13 @@ class Sampler:
 
     def write_carried(self, directory: Path, groups: list[Group]) -> list[Path]:
         """Write what `carried` gave into a checkpoint; the files."""
-        if not groups:
-            return []
-        path = directory / f"carried_{self._engine.index}.parquet"
-        write_rollouts(path, 0, groups)
-        return [path]
+        return write_carried(directory, groups, self._engine.index)
 
     def load(self, state: dict, directory: Path) -> None:
         """Go on where the checkpoint in `directory` was taken, with any number of engines. A collective call."""
-        files = sorted((int(path.stem.rpartition("_")[2]), path) for path in directory.glob("carried_*.parquet"))
-        mine = [path for engine, path in files if engine % self._engine.count == self._engine.index]
-        own = [group for path in mine for group in read_rollouts(path)]
+        own = read_carried(directory, self._engine.index, self._engine.count)
         for group in own:
-            group.responses = group.responses if self._queue.fits(group.responses) else []
+            group.responses = self._queue.fitting(group.responses)
         told = [(group.position, group.prompt.id, [_mark(response) for response in group.responses]) for group in own]
         groups = [
             (key, name, holder, [_stub(*mark) for mark in marks])
@@ -238,8 +232,8 @@ class Sampler:
             self._queue.pause(group.key, begun.get(group.key, False), partial.get(group.key, {}))
         self._busy, self._pending = [0] * self._engine.count, [0] * self._engine.count
         self._freed = 0
-        kept = {group.key for group in self._queue.carried()}
-        self._prompts = {key: prompt for key, prompt in self._prompts.items() if key in kept}
+        open_keys = self._queue.keys
+        self._prompts = {key: prompt for key, prompt in self._prompts.items() if key in open_keys}
 
     def _give_up(self) -> None:
         """The run stops: the step has never been. The queue is not used again."""
@@ -255,13 +249,14 @@ class Sampler:
         gathered = self._engine.gather((own, self._tokens, self._verdicts.seconds, errors, measured))
         errors = [error for *_, some, _ in gathered for error in some]
         summaries = sorted((summary for some, *_ in gathered for summary in some), key=lambda summary: summary.position)
-        numbers = statistics(summaries, {group.key for group in taken.kept}) | {
-            "surplus_groups": len(taken.surplus),
-            "hopeless_groups": len(taken.hopeless),
-            "stale_groups": len(taken.stale),
-            "carried_groups": len(self._queue.carried()),
-            "sampled_tokens": sum(tokens for _, tokens, *_ in gathered),
-        }
+        numbers = (
+            statistics(summaries, {group.key for group in taken.kept})
+            | taken.numbers()
+            | {
+                "carried_groups": len(self._queue.keys),
+                "sampled_tokens": sum(tokens for _, tokens, *_ in gathered),
+            }
+        )
         if self._rollout.function:
             numbers["tool_errors"] = len(errors)
         groups = [group.group() for group in taken.kept if first and group.holder == mine]

@@ -27,22 +27,22 @@ class Request:
     stop: tuple[str, ...] = ()  # strings that end it; it keeps them
 
 
+def sampling(request: Request) -> dict[str, Any]:
+    """vLLM's sampling parameters of a request, as JSON can hold them."""
+    params = {"temperature": request.temperature, "top_p": request.top_p, "max_tokens": request.max_tokens, "logprobs": 0}
+    if request.temperature:
+        params["seed"] = request.seed
+    if request.stop:
+        return params | {"stop": list(request.stop), "include_stop_str_in_output": True}
+    return params | {"detokenize": False}  # the text is decoded once, at the end
+
+
 def sampling_params(request: Request) -> Any:
+    """The same for an engine in this process."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(
-        temperature=request.temperature,
-        top_p=request.top_p,
-        max_tokens=request.max_tokens,
-        seed=None if request.temperature == 0 else request.seed,
-        logprobs=0,  # the sampled token's only
-        flat_logprobs=True,
-        stop=list(request.stop),
-        include_stop_str_in_output=True,
-        detokenize=bool(request.stop),  # otherwise the text is decoded once, at the end
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    return SamplingParams(**sampling(request), flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)
 
 
 def set_environment(rollout: RolloutConfig) -> None:

@@ -32,12 +32,16 @@ def make_model(directory: Path, seed: int) -> Path:
     return tiny_model(directory, seed=seed, **changes)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> tuple[Path, Path]:
-    """Two models of one shape: that of the start, and that of the new weights."""
-    first, second = (make_model(tmp_path_factory.mktemp(f"model{seed}"), seed) for seed in (0, 1))
+def make_models(folder: Path) -> tuple[Path, Path]:
+    """Two models of one shape: that of the start, with a tokenizer, and that of the new weights."""
+    first, second = (make_model(folder / f"model{seed}", seed) for seed in (0, 1))
     add_tokenizer(first)
     return first, second
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> tuple[Path, Path]:
+    return make_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

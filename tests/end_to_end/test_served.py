@@ -18,8 +18,8 @@ from megatron_nft.config import Config
 from megatron_nft.rollout import Request, serving
 from megatron_nft.rollout.fleet import Fleet
 from megatron_nft.trajectories import Response
-from tests.end_to_end.test_engine import load, make_model, of_tokens, prompt, reference, weights_of
-from tests.support import ROOT, add_tokenizer
+from tests.end_to_end.test_engine import load, make_models, of_tokens, prompt, reference, weights_of
+from tests.support import ROOT
 
 TOLERANCE = 1e-5  # float32 sums in another order
 SLOTS, LONG = 8, 250  # tokens: of answers that are still being written when the weights change
@@ -27,10 +27,8 @@ SLOTS, LONG = 8, 250  # tokens: of answers that are still being written when the
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> tuple[Path, Path]:
-    """Two models of one shape: what is served at the start, and what comes later."""
-    first, second = (make_model(tmp_path_factory.mktemp(f"model{seed}"), seed) for seed in (0, 1))
-    add_tokenizer(first)
-    return first, second
+    """What is served at the start, and what comes later."""
+    return make_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
