@@ -20,7 +20,14 @@ class Prompt:
     question: str  # as the data set has it
     answer: str  # the gold answer
     token_ids: tuple[int, ...]  # the chat template applied, generation prompt included
-    source: str  # name of the data set; chooses the verdict function
+    source: str  # name of the data set
+    alternatives: tuple[str, ...] = ()  # further golds: an answer that is worth any of them is right
+    reward: str | None = None  # name of the verdict function; None: reward.function
+
+    @property
+    def golds(self) -> tuple[str, ...]:
+        """All gold answers."""
+        return (self.answer, *self.alternatives)
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class Verdict:
 
     score: float  # in [0, 1]
     outcome: str  # one of OUTCOMES
+    found: str | None = None  # the answer as the function found it, normalised; equal answers mostly have equal ones
 
 
 # no_answer: none found, or none that can be read; timed_out and crashed: the verdict function, not the answer, failed

@@ -45,13 +45,18 @@ class DatasetConfig:
     """A data set: a local .jsonl, .json or .parquet file, or a name on the Hugging Face hub."""
 
     path: str = MISSING
+    benchmark: str | None = None  # a known set (config/benchmarks.py): what is not set here is as it is published
     name: str | None = None  # default: the file's stem; names the set in metrics
     split: str = "train"  # for the hub
     subset: str | None = None  # for the hub: the configuration, e.g. main
     question: str = "problem"  # column; "prompt" may hold a list of {role, content}
-    answer: str = "answer"  # column; dots reach into structures: reward_model.ground_truth
+    answer: str = "answer"  # column; dots reach into structures: reward_model.ground_truth; a list: several golds, any of which is right
+    answer_from: str = "plain"  # plain: the column is the gold | hash: what follows its last #### | box: its last \boxed{}
+    id: str | None = None  # column; default: id, extra_info.index, or the number of the row
     solution: str = "solution"  # column with the worked answer, for sft
     reward: str | None = None  # verdict function for this set; default: reward.function
+    source: str | None = None  # column that names each row's source (verl: data_source), for `rewards`
+    rewards: dict[str, str] = field(default_factory=dict)  # verdict function by source; `reward` for the others
     limit: int | None = None  # the first so many rows
 
 
@@ -68,7 +73,9 @@ def dataset_name(dataset: DatasetConfig) -> str:
 class DataConfig:
     train: list[DatasetConfig] = field(default_factory=list)
     system: str | None = None  # system turn of the chat
-    instruction: str = ""  # appended to the question in the user turn, on a line of its own
+    instruction: str = ""  # appended to the question in the user turn, on a line of its own: a text, or boxed | answer
+    few_shot: str | None = None  # file of worked examples (question, answer), put as turns before the question
+    template: str = "chat"  # chat: the tokenizer's | plain: no markup, for base models | path of a Jinja file
     max_prompt_length: int = 512  # tokens; longer prompts are dropped and counted
     shuffle: bool = True
     # memory of difficulty: a prompt whose last u groups were uniform is passed over with probability most_skipped x (1 - 2^-u); below 1
@@ -147,6 +154,8 @@ class RewardConfig:
     time_limit: int = 2  # seconds for one verdict; then the worker is killed
     # an answer that ran into rollout.max_tokens is wrong (verdict 0) | mask: wrong, and not trained on | drop: as if never sampled
     truncated: str = "wrong"
+    concurrency: int = 32  # calls of an async function under way at a time, in each worker
+    memory_limit: int = 4  # GiB of a worker
     overlong_buffer: int | None = None  # DAPO's soft penalty over the last so many tokens before rollout.max_tokens; None: off
 
 
@@ -245,10 +254,22 @@ class MegatronConfig:
 
 
 @dataclass
+class EvaluationSetConfig(DatasetConfig):
+    """A set to evaluate on. None: as `evaluation` has it."""
+
+    k: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    greedy: bool | None = None
+    max_tokens: int | None = None
+
+
+@dataclass
 class EvaluationConfig:
     """Validation during training, and `megatron-nft evaluate`."""
 
-    sets: list[DatasetConfig] = field(default_factory=list)
+    sets: list[EvaluationSetConfig] = field(default_factory=list)
+    data_dir: str | None = None  # folder of the benchmarks' files; default: they come from the hub
     interval: int = 10  # rollout steps between validations; 0: never
     k: int = 8  # answers per problem for avg@k
     temperature: float = 1.0

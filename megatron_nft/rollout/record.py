@@ -102,7 +102,8 @@ def _groups(rows: list[dict]) -> Iterator[Group]:
     for _, members in itertools.groupby(zip(starts, rows, strict=True), key=lambda pair: pair[0]):
         own = [row for _, row in members]
         first = own[0]
-        prompt = Prompt(first["prompt_id"], first["question"], first["answer"], tuple(first["prompt_tokens"]), first["source"])
+        prompt = Prompt(first["prompt_id"], first["question"], first["answer"], tuple(first["prompt_tokens"]), first["source"],
+                        tuple(first["alternatives"] or ()), first["reward"])  # fmt: skip
         yield Group(prompt, [_response(row) for row in own], first["position"])
 
 
@@ -115,10 +116,13 @@ def _row(step: int, group: Group, sample: int, response: Response) -> dict:
         "source": prompt.source,
         "question": prompt.question,
         "answer": prompt.answer,
+        "alternatives": prompt.alternatives,
+        "reward": prompt.reward,
         "sample": sample,
         "response": response.text,
         "verdict": None if verdict is None else verdict.score,
         "outcome": None if verdict is None else verdict.outcome,
+        "found": None if verdict is None else verdict.found,
         "penalty": response.penalty,
         "finish_reason": response.finish_reason,
         "weight_version": response.weight_version,
@@ -131,7 +135,7 @@ def _row(step: int, group: Group, sample: int, response: Response) -> dict:
 
 
 def _response(row: dict) -> Response:
-    verdict = None if row["outcome"] is None else Verdict(row["verdict"], row["outcome"])
+    verdict = None if row["outcome"] is None else Verdict(row["verdict"], row["outcome"], row["found"])
     later = None if row["later_versions"] is None else [tuple(pair) for pair in row["later_versions"]]
     return Response(row["tokens"], row["logprobs"], row["finish_reason"], row["weight_version"], row["response"],
                     row["loss_mask"], verdict, row["penalty"], later)  # fmt: skip
@@ -142,9 +146,9 @@ def _schema():
 
     text, integer, real, tokens = pa.string(), pa.int64(), pa.float64(), pa.list_(pa.int32())
     return pa.schema({
-        "step": integer, "position": integer, "prompt_id": text, "source": text, "question": text, "answer": text, "sample": integer,
-        "response": text,
-        "verdict": real, "outcome": text, "penalty": real, "finish_reason": text, "weight_version": integer,
+        "step": integer, "position": integer, "prompt_id": text, "source": text, "question": text, "answer": text,
+        "alternatives": pa.list_(text), "reward": text, "sample": integer, "response": text,
+        "verdict": real, "outcome": text, "found": text, "penalty": real, "finish_reason": text, "weight_version": integer,
         "prompt_tokens": tokens, "tokens": tokens, "logprobs": pa.list_(pa.float32()), "loss_mask": pa.list_(pa.int8()),
         "later_versions": pa.list_(pa.list_(integer)),
     })  # fmt: skip
