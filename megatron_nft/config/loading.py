@@ -5,7 +5,6 @@ An unknown key, a missing value or a value of the wrong type is a UserError that
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_nft.config import objective
 from megatron_nft.config.checks import check
-from megatron_nft.config.settings import Config, DatasetConfig, value_of
+from megatron_nft.config.settings import Config, DatasetConfig, EvaluationSetConfig, value_of
 from megatron_nft.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -214,7 +213,8 @@ def _plain(item: object) -> object:
     """A data set as a mapping of what it sets."""
     if not dataclasses.is_dataclass(item):
         return item
-    return {f.name: getattr(item, f.name) for f in dataclasses.fields(item) if getattr(item, f.name) != f.default}
+    default = type(item)()
+    return {f.name: getattr(item, f.name) for f in dataclasses.fields(item) if getattr(item, f.name) != getattr(default, f.name)}
 
 
 def _explain(error: OmegaConfBaseException, path: Path) -> UserError:
@@ -224,8 +224,9 @@ def _explain(error: OmegaConfBaseException, path: Path) -> UserError:
     if "not in" in message and "Key" in message:
         known = list(known_keys())
         leaf = str(key).rsplit(".", 1)[-1]
-        if re.search(r"\[\d+\]\.", str(key)):  # within a list of data sets
-            known = [str(key).removesuffix(leaf) + f.name for f in dataclasses.fields(DatasetConfig)]
+        kind = getattr(error, "object_type", None)
+        if kind in (DatasetConfig, EvaluationSetConfig):  # within a list of data sets
+            known = [str(key).removesuffix(leaf) + f.name for f in dataclasses.fields(kind)]
         near = difflib.get_close_matches(str(key), known, 1) or [k for k in known if k.rsplit(".", 1)[-1] == leaf]
         return UserError(f"unknown setting {key} (in {path} or on the command line)",
                          f"did you mean {near[0]}?" if near else "see megatron_nft/config/settings.py for all settings")  # fmt: skip
