@@ -22,7 +22,6 @@ class Columns:
     answer_from: str = "plain"
     id: str | None = None
     solution: str = "solution"
-    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Benchmark:
     reward: str | None = None  # verdict function; None: reward.function
 
 
-_VERL = Columns("prompt", "reward_model.ground_truth", id="extra_info.index", source="data_source")
+_VERL = Columns("prompt", "reward_model.ground_truth", id="extra_info.index")
 _GSM8K = {"path": "openai/gsm8k", "subset": "main", "columns": Columns("question", answer_from="hash", solution="answer"), "integers": True}
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -55,7 +54,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "gsm8k_train": Benchmark(split="train", file="gsm8k_train.jsonl", **_GSM8K),
     "math_train": Benchmark("DigitalLearningGmbH/MATH-lighteval", "train", "math_train.jsonl",
                             Columns(answer="solution", answer_from="box"), reward="math_verify"),
-    "dapo_math_17k": Benchmark("BytedTsinghua-SIA/DAPO-Math-17k", "train", "dapo_math_17k.parquet", _VERL, _VERL, integers=True),
+    "dapo_math_17k": Benchmark("BytedTsinghua-SIA/DAPO-Math-17k", "train", "dapo_math_17k.parquet", _VERL, _VERL),
 }  # fmt: skip
 
 
