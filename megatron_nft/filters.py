@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def filter_rows(rows: Iterable[dict[str, Any]], excluded: set[str] | None = None
     return kept, dropped
 
 
+@lru_cache(maxsize=1 << 16)
 def plain_gold(text: str) -> str:
     r"""A gold as two golds are compared for being the same: without spaces, dollar signs, \left, \right, \, and \!, thousands commas,
     an integer's leading zeros and .0; \dfrac and \tfrac are \frac."""

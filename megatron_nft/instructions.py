@@ -13,11 +13,14 @@ INSTRUCTIONS = {
 }
 
 # as data sets have them around their questions
-_PUBLISHED = (
-    (DAPO_BEFORE, DAPO_AFTER),
-    INSTRUCTIONS["boxed"],
-    ("", " Let's think step by step and output the final answer within \\boxed{}."),  # verl's MATH
-    ("", ' Let\'s think step by step and output the final answer after "####".'),  # verl's GSM8K
+_PUBLISHED = tuple(
+    (before.strip(), after.strip())
+    for before, after in (
+        (DAPO_BEFORE, DAPO_AFTER),
+        INSTRUCTIONS["boxed"],
+        ("", " Let's think step by step and output the final answer within \\boxed{}."),  # verl's MATH
+        ("", ' Let\'s think step by step and output the final answer after "####".'),  # verl's GSM8K
+    )
 )
 
 
@@ -30,5 +33,5 @@ def instruct(question: str, instruction: str) -> str:
 def strip_instruction(question: str) -> str:
     """The question without the published instruction around it, where there is one. Of DAPO's, either half comes off by itself."""
     for before, after in _PUBLISHED:
-        question = question.removeprefix(before.strip()).removesuffix(after.strip()).strip()
-    return question
+        question = question.removeprefix(before).removesuffix(after)
+    return question.strip()

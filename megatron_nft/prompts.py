@@ -117,7 +117,8 @@ def distinct_rows(datasets: list[DatasetConfig], data: DataConfig) -> tuple[list
     load_prompts has them, before the length filter."""
     _check_names(datasets)
     strip = bool(data.instruction)
-    rows = (row | {"source": dataset_name(dataset)} for dataset in datasets for row in read_rows(dataset, strip))
+    named = [(dataset_name(dataset), dataset) for dataset in datasets]
+    rows = (row | {"source": name} for name, dataset in named for row in read_rows(dataset, strip))
     return filter_rows(rows, read_excluded(data.exclude))
 
 

@@ -144,7 +144,8 @@ def _column(raw: dict[str, Any], name: str, where: str, setting: str) -> Any:
     value = _reach(raw, name)
     if value is _ABSENT:
         names = list(_names(raw))
-        near = difflib.get_close_matches(name, names, 1) or [usual for usual in _USUAL.get(setting, ()) if _reach(raw, usual) is not _ABSENT]
+        usual = [other for other in _USUAL.get(setting, ()) if _reach(raw, other) is not _ABSENT]
+        near = difflib.get_close_matches(name, names, 1) or usual
         mend = f"set {setting} of the data set to {near[0]}?" if near else f"set {setting} of the data set to its column"
         raise UserError(f"{where} has no column {name}; it has {', '.join(names)}", mend)
     return value

@@ -36,6 +36,7 @@ class Benchmark:
     subset: str | None = None
     integers: bool = False  # all golds are integers, and are read as such: "025" is 25, "1,000" 1000, 27.0 27
     reward: str | None = None  # verdict function; None: reward.function
+    training: bool = False  # a set to train on
 
 
 _VERL = Columns("prompt", "reward_model.ground_truth", id="extra_info.index")
@@ -51,10 +52,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     "minerva": Benchmark("math-ai/minervamath", "test", "minerva_math.jsonl", Columns("question"), reward="math_verify"),
     "gsm8k": Benchmark(split="test", file="gsm8k_test.jsonl", **_GSM8K),
     # for training
-    "gsm8k_train": Benchmark(split="train", file="gsm8k_train.jsonl", **_GSM8K),
+    "gsm8k_train": Benchmark(split="train", file="gsm8k_train.jsonl", training=True, **_GSM8K),
     "math_train": Benchmark("DigitalLearningGmbH/MATH-lighteval", "train", "math_train.jsonl",
-                            Columns(answer="solution", answer_from="box"), reward="math_verify"),
-    "dapo_math_17k": Benchmark("BytedTsinghua-SIA/DAPO-Math-17k", "train", "dapo_math_17k.parquet", _VERL, _VERL),
+                            Columns(answer="solution", answer_from="box"), reward="math_verify", training=True),
+    "dapo_math_17k": Benchmark("BytedTsinghua-SIA/DAPO-Math-17k", "train", "dapo_math_17k.parquet", _VERL, _VERL, training=True),
 }  # fmt: skip
 
 
