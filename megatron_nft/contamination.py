@@ -180,10 +180,12 @@ def _as_json(found: dict[str, Touched], count: int, run: int) -> dict[str, Any]:
 
 def _write(path: Path, text: str) -> None:
     """Complete or not at all."""
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a directory", "name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"cannot write {path} ({error.strerror})", "name another file") from None

@@ -114,7 +114,10 @@ def _read_any(path: Path) -> list[Any]:
     try:
         rows = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"data.few_shot: {path} is not YAML ({str(error).splitlines()[0]})", "mend it") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1} of {path}" if mark else str(path)
+        problem = getattr(error, "problem", None) or "not UTF-8"
+        raise UserError(f"data.few_shot: {where} is not YAML ({problem})", "mend it") from None
     if not isinstance(rows, list):
         raise UserError(f"data.few_shot: {path} is no list", "write one `- {question: ..., answer: ...}` for each example")
     return rows
