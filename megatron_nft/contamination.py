@@ -90,10 +90,11 @@ class Index:
         """The problems that a training question has words in common with: share, and whether it is the same."""
         words = words_of(text)
         exact = self._exact.get("".join(words), ())
-        found = Counter(name for run in set(self._runs_of(words)) for name in self._runs.get(run, ()))
+        found = Counter(name for run in set(self._runs_of(words)) if run in self._runs for name in self._runs[run])
         shares = {name: number / self._numbers[name] for name, number in found.items()}
         for start, word in enumerate(words):
-            shares |= {name: 1.0 for name, short in self._short.get(word, ()) if words[start : start + len(short)] == short}
+            if word in self._short:
+                shares |= {name: 1.0 for name, short in self._short[word] if words[start : start + len(short)] == short}
         shares |= dict.fromkeys(exact, 1.0)
         return {name: (share, name in exact) for name, share in shares.items()}
 

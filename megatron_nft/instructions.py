@@ -1,5 +1,7 @@
 r"""What a prompt asks of the answer's form: the instructions that settings name, and published ones that come off a question."""
 
+from functools import lru_cache
+
 DAPO_BEFORE = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer (without quotes) "
     "where $Answer is the answer to the problem.\n\n"
@@ -30,6 +32,7 @@ def instruct(question: str, instruction: str) -> str:
     return f"{before}{question}{after}"
 
 
+@lru_cache(maxsize=1 << 15)  # published sets have every row many times
 def strip_instruction(question: str) -> str:
     """The question without the published instruction around it, where there is one. Of DAPO's, either half comes off by itself."""
     for before, after in _PUBLISHED:
