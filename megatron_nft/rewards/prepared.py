@@ -13,7 +13,7 @@ LONGEST_BOX = 5000  # characters; a longer one is right only where it is the gol
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]{1,1000}(?:\.[0-9]{0,1000})?|\.[0-9]{1,1000})")
 _RATIO = re.compile(r"([+-]?)\\[dtc]?frac\{([0-9]{1,1000})\}\{(0*[1-9][0-9]{0,999})\}|([+-]?[0-9]{1,1000})/(0*[1-9][0-9]{0,999})")
 _IN_BASE = re.compile(r"([0-9a-zA-Z]{1,1000})_\{?([0-9]{1,2})\}?")
-_DECORATION = re.compile(r"\s|\\left(?![a-z])|\\right(?![a-z])|\\[,;! ]|\\(?=[dtc]frac)[dtc]")
+_DECORATION = re.compile(r"\s|\\left(?![a-z])|\\right(?![a-z])|\\[,;! ]|(?<=\\)[dtc](?=frac)")
 
 
 def settle_cheaply(response: str, golds: tuple[str, ...]) -> Verdict | tuple[str, tuple[str, ...]]:

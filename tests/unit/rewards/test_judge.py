@@ -37,6 +37,8 @@ def score(response, answer):
         return float(len(bytearray(64 << 30)) > 0)
     if response == "modules":
         return float(not {"torch", "vllm", "megatron", "transformers", "sympy"} & set(sys.modules))
+    if response == "same":
+        return float(answer == "7")
     if response == "once":
         open(answer, "a").write("x")
         return 1.0
@@ -57,7 +59,7 @@ def user_function(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judge(user_function):
-    with Judge({"math_verify"}, user_function, workers=2, time_limit=1) as judge:
+    with Judge({"math_verify", "strict_box"}, user_function, workers=2, time_limit=1) as judge:
         yield judge
 
 
@@ -88,35 +90,28 @@ def test_the_prompt_chooses_the_function(judge):
         judge.submit("Answer: 7", prompt("7", "dapo"))
 
 
-def test_the_config_names_the_functions(user_function):
+def test_the_config_names_the_functions(user_function, tmp_path):
+    (tmp_path / "other.py").write_text("def half(response, answer):\n    return 0.5\n")
+    half = f"{tmp_path}/other.py:half"
     train = [DatasetConfig(path="a.jsonl", reward="dapo"), DatasetConfig(path="b.jsonl", rewards={"x": user_function})]
-    config = Config(data=DataConfig(train=train), evaluation=EvaluationConfig(sets=[EvaluationSetConfig(path="c", reward="math_verify")]))
+    config = Config(data=DataConfig(train=train), evaluation=EvaluationConfig(sets=[EvaluationSetConfig(path="c", reward=half)]))
     config.reward.workers = 1
     with Judge.for_config(config) as judge:
-        assert outcome(judge, "Answer: 7", "7", "dapo") == outcome(judge, "1", "7", user_function) == "right"
-        assert outcome(judge, r"\boxed{\sqrt4}", "2", "math_verify") == outcome(judge, r"\boxed{7}") == "right"
+        assert outcome(judge, "Answer: 7", "7", "dapo") == outcome(judge, r"\boxed{7}") == "right"
+        assert [judge.submit("1", prompt("7", name)).result(30).score for name in (user_function, half)] == [1.0, 0.5]
 
 
 @pytest.mark.parametrize(
-    ("function", "response", "golds"),
-    [
-        ("strict_box", r"\boxed{b}", ["a", "b", "c"]),
-        ("dapo", "Answer: 1,000", ["a", "1000"]),
-        ("math_verify", r"\boxed{7}", ["8", "7"]),
-        ("math_verify", r"\boxed{\sqrt{49}}", ["8", r"\sqrt2", "7"]),
-        (None, "7", ["8", "7"]),
-    ],
+    ("function", "response"),
+    [("strict_box", r"\boxed{7}"), ("math_verify", r"\boxed{7}"), ("math_verify", r"\boxed{\sqrt{49}}"), (None, "same")],
 )
-def test_any_of_several_golds_is_right(function, response, golds, tmp_path):
-    (tmp_path / "same.py").write_text("def same(response, answer):\n    return float(response == answer)\n")
-    function = function or f"{tmp_path}/same.py:same"
-    with Judge((), function, workers=1, time_limit=5) as judge:
-        assert judge.submit(response, prompt(*golds[:1], None, *golds[1:])).result(30).outcome == "right"
-        assert judge.submit(response, prompt("0", None, "1", "2")).result(30).outcome == "wrong"
+def test_any_of_several_golds_is_right(judge, function, response):
+    assert judge.submit(response, prompt("8", function, r"\sqrt2", "7")).result(30).outcome == "right"
+    assert judge.submit(response, prompt("8", function, r"\sqrt2", "9")).result(30).outcome == "wrong"
 
 
-@pytest.mark.parametrize("bomb", [r"\boxed{9^{9^{9^9}}}", r"\boxed{9^{9^9}}", rf"\boxed{{{'(' * 300}1{')' * 300}}}"])
-def test_a_bomb_is_killed_at_the_limit_and_the_pool_works_on(judge, bomb):
+def test_a_bomb_is_killed_at_the_limit_and_the_pool_works_on(judge):  # more of them in test_corpus.py
+    bomb = rf"\boxed{{{'(' * 300}1{')' * 300}}}"
     assert outcome(judge, bomb, r"\frac12", "math_verify") == "timed_out"  # after 1 s, of the minutes it would take
     futures = [judge.submit(rf"\boxed{{\frac{{{n}}}{{97}}}}", prompt(r"\frac{3}{97}", "math_verify")) for n in range(8)]
     assert [future.result(30).score for future in futures] == [0, 0, 0, 1, 0, 0, 0, 0]
