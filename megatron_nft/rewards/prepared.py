@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from megatron_nft.rewards.boxed import NO_ANSWER, boxed, last_boxed, verdict
 from megatron_nft.rewards.functions import best
-from megatron_nft.rewards.tidy import tidy, words
+from megatron_nft.rewards.tidy import tidy, without_spaces, words
 from megatron_nft.trajectories import Verdict
 
 WINDOW = 300_000  # characters at the end of a response in which the box is looked for: more than any real answer has
@@ -13,7 +13,7 @@ LONGEST_BOX = 5000  # characters; a longer one is right only where it is the gol
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]{1,1000}(?:\.[0-9]{0,1000})?|\.[0-9]{1,1000})")
 _RATIO = re.compile(r"([+-]?)\\[dtc]?frac\{([0-9]{1,1000})\}\{(0*[1-9][0-9]{0,999})\}|([+-]?[0-9]{1,1000})/(0*[1-9][0-9]{0,999})")
 _IN_BASE = re.compile(r"([0-9a-zA-Z]{1,1000})_\{?([0-9]{1,2})\}?")
-_DECORATION = re.compile(r"\s|\\left(?![a-z])|\\right(?![a-z])|\\[,;! ]|(?<=\\)[dtc](?=frac)")
+_DECORATION = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[,;! ]|(?<=\\)[dtc](?=frac)")
 
 
 def settle_cheaply(response: str, golds: tuple[str, ...]) -> Verdict | tuple[str, tuple[str, ...]]:
@@ -49,12 +49,12 @@ def strip_dollars(text: str) -> str:
 def label(text: str) -> str:
     """One spelling for an answer that has several: the number where it is a plain one, or the text without decoration."""
     value = _number(text)
-    return _DECORATION.sub("", text) if value is None else str(value)
+    return without_spaces(_DECORATION.sub("", text)) if value is None else str(value)
 
 
 def _compare(found: str, gold: str) -> bool | None:
     """None: it takes more than this."""
-    if found and words(found) == words(gold):
+    if found and (words(found) == words(gold) or label(found) == label(gold)):
         return True
     one, other = _number(found), _number(gold)
     if one is not None and other is not None:

@@ -16,6 +16,7 @@ _SUPERSCRIPT = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 
 _WORD = r"(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)"
 _WRAPPED = re.compile(rf"\\{_WORD}\s*\{{([^{{}}]*)\}}")
+_SPACE = re.compile(r"(?<![0-9])\s+|\s+(?![0-9])")  # between two digits it means something
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
 
 Replacement = str | Callable[[re.Match[str]], str]
@@ -82,8 +83,13 @@ def tidy(text: str) -> str:
 
 def words(text: str) -> str:
     r"""The text without \text{} and spaces, for answers that are words; in lower case where it has more than one letter."""
-    bare = "".join(_WRAPPED.sub(r"\1", text).split())
+    bare = without_spaces(_WRAPPED.sub(r"\1", text))
     return bare.lower() if len(bare) > 1 and bare.isalpha() else bare
+
+
+def without_spaces(text: str) -> str:
+    """1 2 stays what it is."""
+    return _SPACE.sub("", text.strip())
 
 
 def _to_ascii(text: str) -> str:

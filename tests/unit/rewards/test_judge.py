@@ -164,6 +164,15 @@ def test_equal_answers_are_judged_once_and_counted_each_time(user_function, tmp_
     assert note.read_text() == "x"
 
 
+def test_ten_megabytes_cost_one_answer_at_most(judge):
+    long = "9" * 10_000_000
+    assert outcome(judge, rf"\boxed{{{long}}}", r"\frac12", "math_verify") == "wrong"
+    assert outcome(judge, "\\boxed{" * 1_250_000, "7", "strict_box") == "no_answer"
+    assert outcome(judge, long, "7") in ("crashed", "timed_out")  # float() of it is infinite or late
+    assert judge._cache.keys().isdisjoint([key for key in judge._cache if len(key.response) > 100_000])
+    assert outcome(judge, "1") == "right"
+
+
 def test_text_of_any_kind_gets_through(judge):
     assert outcome(judge, "\ud800 \u2028 \n\x00 0", "7") == "crashed"  # float() of it raises in the function, not in the pipe
     assert outcome(judge, " 1\n") == "right"
