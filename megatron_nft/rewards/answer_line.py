@@ -16,8 +16,8 @@ _LINE = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
 _ARTICLES = ("an ", "a ")
 _TEX_SPACES = (r"\$", r"\ ", " ")
 _UNITS = (
-    "square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "units", r"\ldots", "sue", "points", "feet", "minutes", "digits",
-    "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students", "childrentickets", "multiples",
+    "square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "units", r"\ldots", "sue", "points", "feet", "minutes",
+    "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students", "childrentickets", "multiples",
 )  # fmt: skip
 _EMPTIED = (r"\text{s}", r"\text{.}", "\\text{\ns}", r"\text{}^2", r"\text{}^3", "\\text{\n}", r"\text{}")
 _MARKS = (r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;", r",\!", "{,}", '"', r"\dots")

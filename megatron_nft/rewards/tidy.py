@@ -46,6 +46,7 @@ _RULES: list[tuple[re.Pattern[str], Replacement]] = [
     (re.compile(r"(?<=[\d})])\s*[\u4e00-\u9fff]+\s*$"), ""),  # a unit in Chinese
     (re.compile(r"^[=\s~]+|[\s~]+$"), ""),
     (re.compile(r"(?<=[\w})\]])[.,;]$"), ""),
+    (re.compile(r"^\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}$"), r"\1"),
     # numbers
     (re.compile(r"(?<=\d)(?:\\[,;! ]|~|\{,\}|,\\!)(?=\d{3}(?!\d))"), ""),
     (re.compile(r"^(-?\d{1,3})((?: \d{3})+)$"), lambda m: m[1] + m[2].replace(" ", "")),
