@@ -272,6 +272,8 @@ _LEAST = {
     "rollout.served.max_deaths": 1,
     "reward.workers": 1,
     "reward.time_limit": 1,
+    "reward.concurrency": 1,
+    "reward.memory_limit": 1,
     "reward.overlong_buffer": 1,
     "objective.clip_ratio_low": 0.0,
     "objective.clip_ratio_high": 0.0,

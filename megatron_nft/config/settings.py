@@ -163,7 +163,8 @@ class RolloutConfig:
 
 @dataclass
 class RewardConfig:
-    function: str = "strict_box"  # strict_box | math_verify | package.module:function | path/to/file.py:function
+    # strict_box | dapo (the answer line) | math_verify | package.module:function | path/to/file.py:function, plain or async def
+    function: str = "strict_box"
     workers: int = 2  # processes
     time_limit: int = 2  # seconds for one verdict; then the worker is killed
     # an answer that ran into rollout.max_tokens is wrong (verdict 0) | mask: wrong, and not trained on | drop: as if never sampled

@@ -3,7 +3,9 @@
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from types import ModuleType
 
@@ -12,25 +14,52 @@ from megatron_nft.trajectories import OUTCOMES, Verdict
 
 BUILT_IN = {
     "strict_box": "megatron_nft.rewards.boxed:strict_box",
+    "dapo": "megatron_nft.rewards.answer_line:dapo",
     "math_verify": "megatron_nft.rewards.symbolic:math_verify",
 }
 _MEND = f"use {', '.join(BUILT_IN)}, package.module:function or path/to/file.py:function"
 
-VerdictFunction = Callable[[str, str], Verdict | float]
+VerdictFunction = Callable[..., Verdict | float | Awaitable[Verdict | float]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a verdict function is called."""
+
+    is_async: bool  # `async def`: many calls at a time
+    takes_prompt: bool  # it has a parameter named prompt, which gets {id, question, source}
 
 
 def resolve(name: str) -> VerdictFunction:
     """The function of that name: built in, `package.module:function`, or `path/to/file.py:function`.
 
-    Raises UserError when it cannot be found or loaded, or cannot be called with (response, answer).
+    Raises UserError when it cannot be found or loaded, or cannot be called with (response, answer) and, if it names one, a prompt.
     """
-    return load_function(BUILT_IN.get(name, name), f"verdict function {name!r}", ("response", "answer"), _MEND)
+    return load_function(BUILT_IN.get(name, name), f"verdict function {name!r}", ("response", "answer"), _MEND, optional="prompt")
 
 
-def load_function(name: str, what: str, arguments: tuple[str, ...], mend: str) -> Callable:
+def kind_of(function: VerdictFunction) -> Kind:
+    """By its signature. A third parameter of any other name is the function's own affair: it keeps its default."""
+    call = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004 - the method itself is wanted
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+    return Kind(is_async, _takes(function, "prompt"))
+
+
+def _takes(function: Callable, name: str) -> bool:
+    parameter = inspect.signature(function).parameters.get(name)
+    return parameter is not None and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+
+
+def best(verdicts: list[Verdict]) -> Verdict:
+    """Of the verdicts against several golds: the first of those with the highest score."""
+    return reduce(lambda one, other: other if other.score > one.score else one, verdicts)
+
+
+def load_function(name: str, what: str, arguments: tuple[str, ...], mend: str, optional: str | None = None) -> Callable:
     """The user's function `package.module:function` or `path/to/file.py:function`, which takes `arguments` by position.
 
-    what: the function in a few words, for messages. Raises UserError when it cannot be found or loaded, or called with `arguments`.
+    what: the function in a few words, for messages. optional: one that is passed by name to a function that names it.
+    Raises UserError when the function cannot be found or loaded, or called with its arguments.
     """
     where, colon, attribute = name.rpartition(":")
     if not (where and colon and attribute):
@@ -41,7 +70,8 @@ def load_function(name: str, what: str, arguments: tuple[str, ...], mend: str) -
         found = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
         raise UserError(f"{what}: {where} has no function {attribute}", f"use one of {', '.join(found)}" if found else "define it there")
     try:
-        inspect.signature(function).bind(*arguments)
+        named = {optional: None} if optional and _takes(function, optional) else {}
+        inspect.signature(function).bind(*arguments, **named)
     except TypeError as error:
         raise UserError(f"{what} cannot be called with ({', '.join(arguments)}) ({error})", f"let it take these {len(arguments)}") from None
     return function

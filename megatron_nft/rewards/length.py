@@ -1,7 +1,8 @@
 """What the length of an answer does to its reward: answers cut off at the limit, and DAPO's soft overlong penalty."""
 
+from dataclasses import replace
+
 from megatron_nft.config import RewardConfig
-from megatron_nft.rewards.boxed import WRONG
 from megatron_nft.trajectories import Response
 
 
@@ -18,7 +19,8 @@ def settle(response: Response, reward: RewardConfig, max_tokens: int) -> None:
     drop: as is_dropped says, the answer leaves its group, as if it had never been sampled; r̂ is the mean of those that are left.
     """
     if is_dropped(response):
-        response.verdict = WRONG if response.verdict.score else response.verdict  # a zero keeps its outcome
+        if response.verdict.score:  # a zero keeps its outcome
+            response.verdict = replace(response.verdict, score=0.0, outcome="wrong")
         if reward.truncated == "mask":
             response.loss_mask = [0] * len(response.token_ids)
     if reward.overlong_buffer is not None:

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_nft.rewards.boxed import compare_integers, last_boxed, strict_box
+from megatron_nft.rewards.boxed import last_boxed, strict_box
 from megatron_nft.trajectories import Verdict
 
-RIGHT, WRONG, NO_ANSWER = Verdict(1.0, "right"), Verdict(0.0, "wrong"), Verdict(0.0, "no_answer")
+NO_ANSWER = Verdict(0.0, "no_answer")
 
 
 @pytest.mark.parametrize(
@@ -75,22 +75,20 @@ def test_hostile_text_is_read_to_its_end():
     assert last_boxed(r"\boxed{1} " + "{" * 500_000) == "1"
 
 
+def right(found):
+    return Verdict(1.0, "right", found)
+
+
+def wrong(found):
+    return Verdict(0.0, "wrong", found)
+
+
 def test_strict_box_compares_character_for_character_in_the_last_100():
-    assert strict_box(r"thus \boxed{ 12 }", " 12") == RIGHT
-    assert strict_box(r"thus \boxed{12.0}", "12") == WRONG
-    assert strict_box(r"thus \boxed{025}", "25") == WRONG
+    assert strict_box(r"thus \boxed{ 12 }", " 12") == right("12")
+    assert strict_box(r"thus \boxed{12.0}", "12") == wrong("12.0")
+    assert strict_box(r"thus \boxed{025}", "25") == wrong("025")
     assert strict_box("the answer is 12", "12") == NO_ANSWER
     box = r"\boxed{12}"
-    assert strict_box(box + "." * (100 - len(box)), "12") == RIGHT
+    assert strict_box(box + "." * (100 - len(box)), "12") == right("12")
     assert strict_box(box + "." * (101 - len(box)), "12") == NO_ANSWER
-    assert strict_box(rf"{box} no, \boxed{{13}}", "12") == WRONG
-
-
-def test_integers_are_compared_as_integers_and_the_rest_is_left_to_the_library():
-    assert compare_integers(r"\boxed{25}" + " and so on" * 100, "025") == RIGHT
-    assert compare_integers(r"\boxed{$-7$}", "-7") == RIGHT
-    assert compare_integers(rf"\boxed{{{10**400 + 1}}}", str(10**400)) == WRONG  # apart only beyond a float's digits
-    assert compare_integers("25", "25") == NO_ANSWER
-    assert compare_integers(r"\boxed{}", "25") == NO_ANSWER
-    assert compare_integers(r"the sum \boxed{1} is \boxed{\frac12} .", "25") == r"\boxed{\frac12}"
-    assert compare_integers(r"\boxed{" + "9" * 5000 + "}", "25").startswith(r"\boxed{999")  # more digits than int() reads
+    assert strict_box(rf"{box} no, \boxed{{13}}", "12") == wrong("13")

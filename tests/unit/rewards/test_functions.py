@@ -23,7 +23,7 @@ def test_names_resolve(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("strictbox", "there is no verdict function 'strictbox': use strict_box, math_verify"),
+        ("strictbox", "there is no verdict function 'strictbox': use strict_box, dapo, math_verify"),
         ("{dir}/mine.py", "there is no verdict function"),
         ("{dir}/absent.py:good", "no file at"),
         ("no_such_package.module:good", "cannot import no_such_package.module (ModuleNotFoundError"),

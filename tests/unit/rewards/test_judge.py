@@ -9,8 +9,10 @@ from concurrent.futures import wait
 
 import pytest
 
+from megatron_nft.config import Config, DataConfig, DatasetConfig, EvaluationConfig, EvaluationSetConfig
 from megatron_nft.errors import UserError
 from megatron_nft.rewards import Judge
+from megatron_nft.rewards.judge import LONGEST_CACHED
 from megatron_nft.trajectories import Prompt
 
 USER = """
@@ -36,6 +38,8 @@ def score(response, answer):
         return float(len(bytearray(64 << 30)) > 0)
     if response == "modules":
         return float(not {"torch", "vllm", "megatron", "transformers", "sympy"} & set(sys.modules))
+    if response == "same":
+        return float(answer == "7")
     if response == "once":
         open(answer, "a").write("x")
         return 1.0
@@ -43,8 +47,8 @@ def score(response, answer):
 """
 
 
-def prompt(answer="7", source="sums"):
-    return Prompt("1", "3+4?", answer, (), source)
+def prompt(answer="7", reward=None, *alternatives):
+    return Prompt("1", "3+4?", answer, (), "sums", alternatives, reward)
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +60,12 @@ def user_function(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judge(user_function):
-    with Judge({"mine": user_function, "default": None}, "math_verify", workers=2, time_limit=1) as judge:
+    with Judge({"math_verify", "strict_box"}, user_function, workers=2, time_limit=1) as judge:
         yield judge
 
 
-def outcome(judge, response, answer="7", source="mine"):
-    return judge.submit(response, prompt(answer, source)).result(timeout=30).outcome
+def outcome(judge, response, answer="7", reward=None):
+    return judge.submit(response, prompt(answer, reward)).result(timeout=30).outcome
 
 
 def is_running(pid):
@@ -80,22 +84,43 @@ def ends_within(pid, seconds):
     return not is_running(pid)
 
 
-def test_the_source_chooses_the_function(judge):
-    assert judge.submit("0.25", prompt(source="mine")).result(30).score == 0.25
-    for source in ("default", "anything"):
-        assert outcome(judge, r"\boxed{0.5}", r"\frac12", source) == "right"
+def test_the_prompt_chooses_the_function(judge):
+    assert judge.submit("0.25", prompt()).result(30).score == 0.25
+    assert outcome(judge, r"\boxed{0.5}", r"\frac12", "math_verify") == "right"
+    with pytest.raises(UserError, match="prompt 1 wants the verdict function 'dapo', which no data set of the config names"):
+        judge.submit("Answer: 7", prompt("7", "dapo"))
 
 
-@pytest.mark.parametrize("bomb", [r"\boxed{9^{9^{9^9}}}", r"\boxed{9^{9^9}}", rf"\boxed{{{'(' * 300}1{')' * 300}}}"])
-def test_a_bomb_is_killed_at_the_limit_and_the_pool_works_on(judge, bomb):
-    assert outcome(judge, bomb, r"\frac12", "sums") == "timed_out"  # after 1 s, of the minutes it would take
-    futures = [judge.submit(rf"\boxed{{\frac{{{n}}}{{97}}}}", prompt(r"\frac{3}{97}")) for n in range(8)]
+def test_the_config_names_the_functions(user_function, tmp_path):
+    (tmp_path / "other.py").write_text("def half(response, answer):\n    return 0.5\n")
+    half = f"{tmp_path}/other.py:half"
+    train = [DatasetConfig(path="a.jsonl", reward="dapo"), DatasetConfig(path="b.jsonl", rewards={"x": user_function})]
+    config = Config(data=DataConfig(train=train), evaluation=EvaluationConfig(sets=[EvaluationSetConfig(path="c", reward=half)]))
+    config.reward.workers = 1
+    with Judge.for_config(config) as judge:
+        assert outcome(judge, "Answer: 7", "7", "dapo") == outcome(judge, r"\boxed{7}") == "right"
+        assert [judge.submit("1", prompt("7", name)).result(30).score for name in (user_function, half)] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("function", "response"),
+    [("strict_box", r"\boxed{7}"), ("math_verify", r"\boxed{7}"), ("math_verify", r"\boxed{\sqrt{49}}"), (None, "same")],
+)
+def test_any_of_several_golds_is_right(judge, function, response):
+    assert judge.submit(response, prompt("8", function, r"\sqrt2", "7")).result(30).outcome == "right"
+    assert judge.submit(response, prompt("8", function, r"\sqrt2", "9")).result(30).outcome == "wrong"
+
+
+def test_a_bomb_is_killed_at_the_limit_and_the_pool_works_on(judge):  # more of them in test_corpus.py
+    bomb = rf"\boxed{{{'(' * 300}1{')' * 300}}}"
+    assert outcome(judge, bomb, r"\frac12", "math_verify") == "timed_out"  # after 1 s, of the minutes it would take
+    futures = [judge.submit(rf"\boxed{{\frac{{{n}}}{{97}}}}", prompt(r"\frac{3}{97}", "math_verify")) for n in range(8)]
     assert [future.result(30).score for future in futures] == [0, 0, 0, 1, 0, 0, 0, 0]
 
 
 def test_a_function_that_sleeps_dies_leaves_or_raises_costs_one_answer_each(judge, caplog):
     judge.take_counts()
-    futures = {name: judge.submit(name, prompt(source="mine")) for name in ("sleep", "die", "leave", "raise", "1", "0")}
+    futures = {name: judge.submit(name, prompt()) for name in ("sleep", "die", "leave", "raise", "1", "0")}
     wait(futures.values(), timeout=30)
     assert {name: future.result().outcome for name, future in futures.items()} == {
         "sleep": "timed_out", "die": "crashed", "leave": "crashed", "raise": "crashed", "1": "right", "0": "wrong",
@@ -107,7 +132,7 @@ def test_a_function_that_sleeps_dies_leaves_or_raises_costs_one_answer_each(judg
 
 
 def test_the_first_crash_says_where(user_function, caplog):
-    with Judge({}, user_function, workers=1, time_limit=5) as judge:
+    with Judge((), user_function, workers=1, time_limit=5) as judge:
         assert outcome(judge, "raise") == "crashed"
     assert "ValueError: no good" in caplog.text and "mine.py:" in caplog.text
 
@@ -120,24 +145,34 @@ def test_what_the_function_started_is_killed_with_it(judge, tmp_path):
 
 def test_a_number_outside_0_to_1_is_a_user_error(judge):
     with pytest.raises(UserError, match=r"returned '1.5' .float.: let it return a number from 0 to 1"):
-        judge.submit("1.5", prompt(source="mine")).result(30)
+        judge.submit("1.5", prompt()).result(30)
     assert outcome(judge, "1") == "right"
 
 
 def test_a_worker_is_light_bounded_in_memory_and_cut_off_from_the_input(judge, user_function):
     assert outcome(judge, "read") == "right"
     assert outcome(judge, "memory") == "crashed"
-    with Judge({}, user_function, workers=1, time_limit=5) as light:
+    with Judge((), user_function, workers=1, time_limit=5) as light:
         assert outcome(light, "modules") == "right"
 
 
 def test_equal_answers_are_judged_once_and_counted_each_time(user_function, tmp_path):
     note = tmp_path / "calls"
-    with Judge({}, user_function, workers=2, time_limit=5) as judge:
+    with Judge((), user_function, workers=2, time_limit=5) as judge:
         futures = [judge.submit("once", prompt(str(note))) for _ in range(20)]
         assert {future.result(30).score for future in futures} == {1.0}
         assert judge.take_counts()["right"] == 20
     assert note.read_text() == "x"
+
+
+def test_ten_megabytes_cost_one_answer_at_most(judge):
+    long = "9" * 10_000_000
+    assert outcome(judge, rf"\boxed{{{long}}}", r"\frac12", "math_verify") == "no_answer"  # it begins too early to be seen
+    assert outcome(judge, rf"\boxed{{{long[:200_000]}}}", r"\frac12", "math_verify") == "wrong"
+    assert outcome(judge, "\\boxed{" * 1_250_000, "7", "strict_box") == "no_answer"
+    assert outcome(judge, "0" * 10_000_000, "7") in ("wrong", "timed_out")
+    assert max(len(call.response) for call in judge._cache) <= LONGEST_CACHED
+    assert outcome(judge, "1") == "right"
 
 
 def test_text_of_any_kind_gets_through(judge):
@@ -146,25 +181,24 @@ def test_text_of_any_kind_gets_through(judge):
     assert outcome(judge, "0" * 300_000) == "wrong"  # longer than the pipe's buffer
 
 
-def test_strict_box_needs_no_worker_and_is_fast():
-    with Judge({}, "strict_box", workers=2, time_limit=2) as judge:
+def test_strict_box_and_the_answer_line_need_no_worker():
+    with Judge({"dapo"}, "strict_box", workers=2, time_limit=2) as judge:
         assert judge._workers == []
-        start = time.perf_counter()
-        for n in range(5000):
-            judge.submit("first we add, " * 50 + rf"\boxed{{{n}}}", prompt())
-        assert time.perf_counter() - start < 2.5  # 2,000 a second
-        assert judge.take_counts() == {"right": 1, "wrong": 4999, "no_answer": 0, "timed_out": 0, "crashed": 0}
+        for n in range(20):
+            judge.submit(rf"so \boxed{{{n}}}", prompt())
+            judge.submit(f"Answer: {n}", prompt(reward="dapo"))
+        assert judge.take_counts() == {"right": 2, "wrong": 38, "no_answer": 0, "timed_out": 0, "crashed": 0}
 
 
 def test_a_name_that_does_not_resolve_is_a_user_error_at_construction(user_function):
     with pytest.raises(UserError, match="has no function best"):
-        Judge({"sums": user_function.replace(":score", ":best")}, "strict_box", workers=2, time_limit=2)
+        Judge({user_function.replace(":score", ":best")}, "strict_box", workers=2, time_limit=2)
     with pytest.raises(UserError, match="there is no verdict function 'boxed'"):
-        Judge({}, "boxed", workers=1, time_limit=2)
+        Judge((), "boxed", workers=1, time_limit=2)
 
 
 def test_close_cancels_what_waits_and_ends_the_workers(user_function):
-    judge = Judge({}, user_function, workers=1, time_limit=1)
+    judge = Judge((), user_function, workers=1, time_limit=1)
     pids = [worker._process.pid for worker in judge._workers]
     running, *waiting = [judge.submit("sleep", prompt(str(n))) for n in range(4)]
     start = time.monotonic()
@@ -176,7 +210,7 @@ def test_close_cancels_what_waits_and_ends_the_workers(user_function):
 
 
 def test_a_worker_killed_while_idle_is_replaced(user_function):
-    with Judge({}, user_function, workers=1, time_limit=5) as judge:
+    with Judge((), user_function, workers=1, time_limit=5) as judge:
         os.kill(judge._workers[0]._process.pid, signal.SIGKILL)
         judge._workers[0]._process.wait()
         assert outcome(judge, "1") == "right"
@@ -186,7 +220,7 @@ def test_workers_die_with_a_parent_that_is_killed(user_function):
     program = (
         "import time\n"
         "from megatron_nft.rewards import Judge\nfrom megatron_nft.trajectories import Prompt\n"
-        f"judge = Judge({{}}, {user_function!r}, workers=2, time_limit=100)\n"
+        f"judge = Judge((), {user_function!r}, workers=2, time_limit=100)\n"
         "judge.submit('sleep', Prompt('1', 'q', 'a', (), 's'))\n"
         "time.sleep(0.3)\n"
         "print(*[worker._process.pid for worker in judge._workers], flush=True)\ntime.sleep(60)\n"
