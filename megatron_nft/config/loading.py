@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_nft.config import objective
 from megatron_nft.config.checks import check
-from megatron_nft.config.settings import Config, DatasetConfig, value_of
+from megatron_nft.config.sampling import choose_sets
+from megatron_nft.config.settings import Config, DatasetConfig, EvaluationSetConfig, value_of
 from megatron_nft.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -57,6 +58,7 @@ def load_with_sources(path: str | Path, overrides: list[str] = ()) -> tuple[Conf
     except TypeError as error:  # OmegaConf's for a list where a mapping belongs, or the other way round
         raise UserError(f"{path} or an override puts a list where a mapping belongs, or the other way round ({error})",
                         "compare with megatron_nft/config/settings.py") from None  # fmt: skip
+    choose_sets(config.evaluation)
     check(config)
     return config, layers.sources
 
@@ -225,7 +227,8 @@ def _explain(error: OmegaConfBaseException, path: Path) -> UserError:
         known = list(known_keys())
         leaf = str(key).rsplit(".", 1)[-1]
         if re.search(r"\[\d+\]\.", str(key)):  # within a list of data sets
-            known = [str(key).removesuffix(leaf) + f.name for f in dataclasses.fields(DatasetConfig)]
+            kind = EvaluationSetConfig if str(key).startswith("evaluation.") else DatasetConfig
+            known = [str(key).removesuffix(leaf) + f.name for f in dataclasses.fields(kind)]
         near = difflib.get_close_matches(str(key), known, 1) or [k for k in known if k.rsplit(".", 1)[-1] == leaf]
         return UserError(f"unknown setting {key} (in {path} or on the command line)",
                          f"did you mean {near[0]}?" if near else "see megatron_nft/config/settings.py for all settings")  # fmt: skip

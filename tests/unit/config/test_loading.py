@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from megatron_nft.config import Config, DatasetConfig, dataset_name, known_keys, load, max_answer_length, max_model_len, save
+from megatron_nft.config import Config, DatasetConfig, EvaluationSetConfig, dataset_name, known_keys, load, max_answer_length, max_model_len, save
 from megatron_nft.errors import UserError
 from tests.support import ROOT
 
@@ -63,7 +63,7 @@ def test_data_sets_by_file_and_by_override(write):
     assert load(path).data.train == [DatasetConfig("a.jsonl", limit=5), DatasetConfig("b.parquet")]
     given = load(path, ["data.train=[{path: c.jsonl, name: c, answer: reward_model.ground_truth}]", "evaluation.sets=[{path: d.json}]"])
     assert given.data.train == [DatasetConfig("c.jsonl", name="c", answer="reward_model.ground_truth")]  # replaced, not mixed
-    assert given.evaluation.sets == [DatasetConfig("d.json")]
+    assert given.evaluation.sets == [EvaluationSetConfig("d.json")]
     assert load(path, ["data.train.1.limit=3"]).data.train == [DatasetConfig("a.jsonl", limit=5), DatasetConfig("b.parquet", limit=3)]
 
 
