@@ -1,12 +1,12 @@
 """Every setting, with its default: one tree of dataclasses (settings), what each objective's paper sets (objective), how YAML, presets
 and key=value overrides become that tree (loading), and what is refused (checks)."""
 
+from megatron_nft.config.benchmarks import BENCHMARKS, DATA_SUFFIXES, Benchmark
 from megatron_nft.config.checks import check
 from megatron_nft.config.loading import describe, known_keys, load, load_with_sources, preset_names, save
 from megatron_nft.config.objective import POLICY_GRADIENT
 from megatron_nft.config.sampling import SetSampling, max_answer_length, max_model_len, samplings, set_sampling
 from megatron_nft.config.settings import (
-    DATA_SUFFIXES,
     Config,
     CorrectionConfig,
     DataConfig,
@@ -24,8 +24,10 @@ from megatron_nft.config.settings import (
 )
 
 __all__ = [
+    "BENCHMARKS",
     "DATA_SUFFIXES",
     "POLICY_GRADIENT",
+    "Benchmark",
     "Config",
     "CorrectionConfig",
     "DataConfig",

@@ -5,10 +5,11 @@ import re
 
 from megatron_nft.config import engine, megatron
 from megatron_nft.config.objective import AUTHORS_DAPO, OWN_SETTINGS, POLICY_GRADIENT, PUBLISHED
-from megatron_nft.config.settings import PHASES, Config, dataset_name, value_of
+from megatron_nft.config.settings import PHASES, Config, DatasetConfig, dataset_name, value_of
 from megatron_nft.errors import UserError
 
 LAST_PORT = 65535  # of TCP
+ANSWER_FROM = ("plain", "hash", "box")  # where in its column the gold is
 
 
 def check(config: Config) -> None:
@@ -28,11 +29,22 @@ def check(config: Config) -> None:
     for key in ("optimizer.adam_beta1", "optimizer.adam_beta2"):
         if not 0 <= value_of(config, key) < 1:
             raise UserError(f"{key} is {value_of(config, key)}", "use a number from 0, below 1")
-    for dataset in [*config.data.train, *config.evaluation.sets, *config.sft.data]:
-        if dataset.limit is not None and dataset.limit < 1:
-            raise UserError(f"limit of {dataset.path} is {dataset.limit}", "use 1 or more, or leave it out")
+    for key in ("data.train", "evaluation.sets", "sft.data"):
+        for number, dataset in enumerate(value_of(config, key)):
+            _check_dataset(dataset, f"{key}[{number}]")
     _check_evaluation(config)
     _check_pairs(config)
+
+
+def _check_dataset(dataset: DatasetConfig, key: str) -> None:
+    if not dataset.path:
+        raise UserError(f"{key}.path has no value", f"add it, or name a benchmark, or pass {key}.path=...")
+    if dataset.limit is not None and dataset.limit < 1:
+        raise UserError(f"limit of {dataset.path} is {dataset.limit}", "use 1 or more, or leave it out")
+    if dataset.answer_from not in ANSWER_FROM:
+        raise UserError(f"{key}.answer_from is {dataset.answer_from!r}", f"use one of {', '.join(ANSWER_FROM)}")
+    if dataset.rewards and not dataset.source:
+        raise UserError(f"{key}.rewards is set, but {key}.source is not", "name the column that names each row's source")
 
 
 def _check_pairs(config: Config) -> None:

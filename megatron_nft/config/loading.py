@@ -5,7 +5,6 @@ An unknown key, a missing value or a value of the wrong type is a UserError that
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -216,7 +215,8 @@ def _plain(item: object) -> object:
     """A data set as a mapping of what it sets."""
     if not dataclasses.is_dataclass(item):
         return item
-    return {f.name: getattr(item, f.name) for f in dataclasses.fields(item) if getattr(item, f.name) != f.default}
+    default = type(item)()
+    return {f.name: getattr(item, f.name) for f in dataclasses.fields(item) if getattr(item, f.name) != getattr(default, f.name)}
 
 
 def _explain(error: OmegaConfBaseException, path: Path) -> UserError:
@@ -226,8 +226,8 @@ def _explain(error: OmegaConfBaseException, path: Path) -> UserError:
     if "not in" in message and "Key" in message:
         known = list(known_keys())
         leaf = str(key).rsplit(".", 1)[-1]
-        if re.search(r"\[\d+\]\.", str(key)):  # within a list of data sets
-            kind = EvaluationSetConfig if str(key).startswith("evaluation.") else DatasetConfig
+        kind = getattr(error, "object_type", None)
+        if kind in (DatasetConfig, EvaluationSetConfig):  # within a list of data sets
             known = [str(key).removesuffix(leaf) + f.name for f in dataclasses.fields(kind)]
         near = difflib.get_close_matches(str(key), known, 1) or [k for k in known if k.rsplit(".", 1)[-1] == leaf]
         return UserError(f"unknown setting {key} (in {path} or on the command line)",

@@ -1,13 +1,14 @@
 """Every setting, with its default and a line of comment."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
-from megatron_nft.config import objective
+from megatron_nft.config import benchmarks, objective
+from megatron_nft.config.benchmarks import DATA_SUFFIXES
 
 
 @dataclass
@@ -42,25 +43,37 @@ class ParallelConfig:
 
 @dataclass
 class DatasetConfig:
-    """A data set: a local .jsonl, .json or .parquet file, or a name on the Hugging Face hub."""
+    """A data set: a local .jsonl, .json or .parquet file, or a name on the Hugging Face hub. What is left out is filled in at the end, from
+    the benchmark where one is named."""
 
-    path: str = MISSING
-    benchmark: str | None = None  # a known set (config/benchmarks.py): what is not set here is as it is published
-    name: str | None = None  # default: the file's stem; names the set in metrics
-    split: str = "train"  # for the hub
+    path: str | None = None  # may be left out with a benchmark: then its place on the hub, or its file in evaluation.data_dir
+    benchmark: str | None = None  # a published set (config/benchmarks.py): what is not set here is as it stands there
+    name: str | None = None  # names the set in metrics; default: the benchmark, or the file's stem
+    split: str | None = None  # for the hub; default: train
     subset: str | None = None  # for the hub: the configuration, e.g. main
-    question: str = "problem"  # column; "prompt" may hold a list of {role, content}
-    answer: str = "answer"  # column; dots reach into structures: reward_model.ground_truth; a list: several golds, any of which is right
-    answer_from: str = "plain"  # plain: the column is the gold | hash: what follows its last #### | box: its last \boxed{}
+    question: str | None = None  # column, default problem; a column "prompt" may hold a list of {role, content}
+    # column, default answer; dots reach into structures: reward_model.ground_truth; a list: several golds, any of which is right
+    answer: str | None = None
+    answer_from: str | None = None  # plain (default): the column is the gold | hash: what follows its last #### | box: its last \boxed{}
     id: str | None = None  # column; default: id, extra_info.index, or the number of the row
-    solution: str = "solution"  # column with the worked answer, for sft
+    solution: str | None = None  # column with the worked answer, for sft; default: solution
     reward: str | None = None  # verdict function for this set; default: reward.function
     source: str | None = None  # column that names each row's source (verl: data_source), for `rewards`
     rewards: dict[str, str] = field(default_factory=dict)  # verdict function by source; `reward` for the others
+    # published instructions around the question (DAPO's "Answer:" line, verl's) come off; default: where data.instruction gives another
+    strip_instruction: bool | None = None
     limit: int | None = None  # the first so many rows
 
+    def __post_init__(self):
+        self._left_out = [f.name for f in fields(self) if getattr(self, f.name) is None]
+        benchmarks.complete(self)
 
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+    def take_file_from(self, data_dir: str) -> None:
+        """Where a benchmark's path is left out: its file in data_dir."""
+        if self.benchmark and "path" in self._left_out:
+            for key in self._left_out:
+                setattr(self, key, None)
+            benchmarks.complete(self, data_dir)
 
 
 def dataset_name(dataset: DatasetConfig) -> str:
@@ -280,6 +293,11 @@ class EvaluationConfig:
     top_p: float = 1.0
     greedy: bool = True  # also one greedy answer per problem
     max_tokens: int | None = None  # default: rollout.max_tokens
+
+    def __post_init__(self):
+        if self.data_dir:
+            for dataset in self.sets:
+                dataset.take_file_from(self.data_dir)
 
 
 @dataclass

@@ -4,7 +4,17 @@ import copy
 
 import pytest
 
-from megatron_nft.config import Config, DatasetConfig, EvaluationSetConfig, dataset_name, known_keys, load, max_answer_length, max_model_len, save
+from megatron_nft.config import (
+    Config,
+    DatasetConfig,
+    EvaluationSetConfig,
+    dataset_name,
+    known_keys,
+    load,
+    max_answer_length,
+    max_model_len,
+    save,
+)
 from megatron_nft.errors import UserError
 from tests.support import ROOT
 
