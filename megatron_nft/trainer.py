@@ -74,7 +74,7 @@ class Given:
             return cls(training, {}, found)
         validation = prompts.load_sets(config.evaluation.sets, tokenizer, config.data)
         if validation:
-            evaluation.check(validation, config.evaluation)
+            evaluation.check(validation, config)
         return cls(training, validation, found)
 
 
