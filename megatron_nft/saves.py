@@ -106,4 +106,3 @@ def check(config: Config) -> None:
     known = [f"validation/{name}/{kind}" for name, sampling in samplings(config).items() for kind in sampling.accuracies]
     if best_metric(config) not in known:
         raise UserError(f"checkpoint.best_metric {best_metric(config)} is no metric of this run", f"use one of {', '.join(known)}")
-

@@ -7,4 +7,15 @@ from megatron_nft.evaluation.rejudge import rejudge
 from megatron_nft.evaluation.run import Evaluation, answers_expected, evaluate, validate, write_results
 from megatron_nft.evaluation.source import opened
 
-__all__ = ["Evaluation", "answers_expected", "check", "compare", "evaluate", "evaluate_model", "opened", "rejudge", "validate", "write_results"]
+__all__ = [
+    "Evaluation",
+    "answers_expected",
+    "check",
+    "compare",
+    "evaluate",
+    "evaluate_model",
+    "opened",
+    "rejudge",
+    "validate",
+    "write_results",
+]

@@ -47,7 +47,7 @@ class Answers:
         self.done = {key for key, number in counts.items() if number == wanted[key]}
         self.told = [one for one in self.told if (one.set, one.position) in self.done]
         self._rows: list[dict] = []
-        self._last = time.monotonic()
+        self._last: float | None = None  # when answers were written last; the first problem starts the clock
 
     def _read(self, file: Path) -> list[dict]:
         import pyarrow
@@ -64,6 +64,7 @@ class Answers:
     def add(self, key: tuple[str, int], prompt: Prompt, kinds: dict[str, list[Response]]) -> None:
         """All answers to a problem; written when it is time."""
         self._rows += [_row(key, prompt, kind, i, one) for kind, responses in kinds.items() for i, one in enumerate(responses)]
+        self._last = self._last or time.monotonic()
         if time.monotonic() - self._last >= self._every:
             self.flush()
 

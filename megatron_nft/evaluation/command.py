@@ -46,7 +46,7 @@ def evaluate_model(config: Config, source: Source, precision: str, stop: StopReq
         kept.begin(directory, settings, config.resume, first)
         result = _answer(config, source, precision, prompt_sets, directory, window, stop)
         if first:
-            print(publish(config.run_dir, source.name, summary), flush=True)
+            print(publish(config.run_dir, source.name, result.summary), flush=True)
 
 
 def _answer(config: Config, source: Source, precision: str, prompt_sets: dict[str, PromptSet], directory: Path, window: int,
@@ -96,7 +96,8 @@ def window_of(prompt_sets: dict[str, PromptSet], config: Config) -> int:
     window = max(max_model_len(config), min(max(longest.values()) + max_answer_length(config), own))
     for name, length in longest.items():
         if length >= window:
-            raise UserError(f"a problem of {name} has {length} tokens, and the model's window {own}", "leave the set out with evaluation.only")
+            what = f"a problem of {name} has {length} tokens, and the model's window {own}"
+            raise UserError(what, "leave the set out with evaluation.only")
         sampling = samplings(config)[name]
         if length + sampling.max_tokens > window:
             _log.warning("the longest problem of %s has %d tokens, which leaves %d for its answer", name, length, window - length)

@@ -110,7 +110,9 @@ def compare(a: Path, b: Path, name: str | None = None) -> Comparison:
     one, other = read(first), read(second)
     common = [name for name in one["sets"] if name in other["sets"]]
     if not common:
-        raise UserError(f"{first} and {second} have no set in common", f"the sets are {', '.join(one['sets'])} and {', '.join(other['sets'])}")
+        raise UserError(
+            f"{first} and {second} have no set in common", f"the sets are {', '.join(one['sets'])} and {', '.join(other['sets'])}"
+        )
     for of_set in common:
         _check_same(of_set, one["sets"][of_set], other["sets"][of_set], first, second)
     warnings = _warnings(one, other, common)

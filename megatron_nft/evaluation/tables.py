@@ -3,8 +3,8 @@
 from megatron_nft.trajectories import OUTCOMES
 
 METHOD = (
-    "avg@k: mean over problems of the share of right answers among k; pass@j: chance that one of j answers is right, estimated without bias "
-    "from the k; maj@k: the answer that most of the k gave, ties shared. Brackets: 95 % intervals, by resampling problems (2,000 times; "
+    "avg@k: mean over problems of the share of right answers among k; pass@j: chance that one of j answers is right, estimated without "
+    "bias from the k; maj@k: the answer that most of the k gave, ties shared. Brackets: 95 % intervals, by resampling problems (2,000 times; "
     "for greedy Wilson's)."
 )
 
