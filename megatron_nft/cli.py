@@ -115,23 +115,25 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         arguments.overrides, name = [*arguments.overrides, name], ""
     settings = config.load(arguments.config, arguments.overrides)
     if name is not None:
-        from megatron_nft import evaluation
+        from megatron_nft.evaluation.rejudge import rejudge
 
-        print(evaluation.rejudge(settings, name or None), flush=True)
+        print(rejudge(settings, name or None), flush=True)
         return
     with StopRequest(settings.checkpoint.grace_time) as stop:
         _evaluate_model(settings, stop)
 
 
 def _evaluate_model(settings: config.Config, stop: StopRequest) -> None:
-    from megatron_nft import evaluation, policy
+    from megatron_nft import policy
+    from megatron_nft.evaluation.command import evaluate_model
+    from megatron_nft.evaluation.source import opened
 
     settings.parallel = config.ParallelConfig()  # of the trainer, which evaluation does without
-    with evaluation.opened(settings) as source:
+    with opened(settings) as source:
         policy.check(settings, config.max_model_len(settings), training=False)
         policy.start_distributed()
         try:
-            evaluation.evaluate_model(settings, source, policy.precision_of(settings.model.precision), stop)
+            evaluate_model(settings, source, policy.precision_of(settings.model.precision), stop)
         finally:
             policy.shutdown()
 

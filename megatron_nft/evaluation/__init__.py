@@ -1,21 +1,6 @@
-"""Benchmarks: avg@k, pass@j and maj@k with their intervals, in a training as its validation and by itself, with the answers kept."""
+"""Benchmarks: avg@k, pass@j and maj@k with their intervals, in a training as its validation and by itself, with the answers kept.
 
-from megatron_nft.evaluation.command import evaluate_model
-from megatron_nft.evaluation.compare import compare
-from megatron_nft.evaluation.problems import check
-from megatron_nft.evaluation.rejudge import rejudge
-from megatron_nft.evaluation.run import Evaluation, answers_expected, evaluate, validate, write_results
-from megatron_nft.evaluation.source import opened
-
-__all__ = [
-    "Evaluation",
-    "answers_expected",
-    "check",
-    "compare",
-    "evaluate",
-    "evaluate_model",
-    "opened",
-    "rejudge",
-    "validate",
-    "write_results",
-]
+problems: what is asked. evaluate: one evaluation on an engine. scores: from verdicts to numbers. answers: what is kept, and goes on. source:
+which model. command: `megatron-nft evaluate`. rejudge: new verdicts for saved answers. compare: two evaluations side by side. tables,
+page: how results are shown. What shows and compares needs neither torch nor vLLM, so this package imports nothing by itself.
+"""

@@ -1,6 +1,7 @@
 """New verdicts for saved answers, without a model."""
 
 import json
+import shutil
 from pathlib import Path
 
 from megatron_nft.config import Config, SetSampling, dataset_name
@@ -8,7 +9,7 @@ from megatron_nft.errors import UserError
 from megatron_nft.evaluation import answers as kept
 from megatron_nft.evaluation.answers import Answers
 from megatron_nft.evaluation.command import publish
-from megatron_nft.evaluation.run import write_whole
+from megatron_nft.evaluation.evaluate import write_whole
 from megatron_nft.evaluation.scores import mean_of_sets, set_result
 from megatron_nft.evaluation.source import find, name_of
 from megatron_nft.rewards import Judge
@@ -37,8 +38,9 @@ def rejudge(config: Config, name: str | None = None) -> str:
     write_whole(directory / "settings.json", json.dumps(settings, indent=1) + "\n")
     result = directory.with_name(f"{name}.json")
     old = json.loads(result.read_text()) if result.is_file() else {}
-    aside = kept.set_aside(result)
-    said = f"{changed:,} of {number:,} verdicts changed" + (f"; the old results are in {aside}" if aside else "")
+    said = f"{changed:,} of {number:,} verdicts changed"
+    if old:
+        said += f"; the old results are in {shutil.copyfile(result, kept.free_name(result))}"
     return f"{said}\n{publish(config.run_dir, name, _summary(directory, settings, old))}"
 
 

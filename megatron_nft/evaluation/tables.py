@@ -4,8 +4,8 @@ from megatron_nft.trajectories import OUTCOMES
 
 METHOD = (
     "avg@k: mean over problems of the share of right answers among k; pass@j: chance that one of j answers is right, estimated without "
-    "bias from the k; maj@k: the answer that most of the k gave, ties shared. Brackets: 95 % intervals, by resampling problems (2,000 times; "
-    "for greedy Wilson's)."
+    "bias from the k; maj@k: the answer that most of the k gave, ties shared; greedy: one answer at temperature 0. Brackets: 95 % "
+    "intervals, by resampling problems (2,000 times; for greedy Wilson's)."
 )
 
 
@@ -18,7 +18,8 @@ def columns(summary: dict) -> list[str]:
 
 def header(summary: dict) -> list[str]:
     """Above `rows`."""
-    return ["set", "problems", "k", "T", "top_p", *columns(summary), "tokens", "cut off", "no answer"]
+    kinds = ["greedy (T 0)" if kind == "greedy" else kind for kind in columns(summary)]
+    return ["set", "problems", "k", "T", "top_p", *kinds, "tokens", "cut off", "no answer"]
 
 
 def rows(summary: dict) -> list[list[str]]:
