@@ -4,7 +4,6 @@ An evaluation that was stopped or killed goes on after them, and verdicts can be
 own, complete or not at all.
 """
 
-import itertools
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from megatron_nft.errors import UserError
-from megatron_nft.evaluation.evaluate import write_whole
+from megatron_nft.evaluation.files import set_aside, write_whole
 from megatron_nft.evaluation.scores import Answered
 from megatron_nft.trajectories import Prompt, Response
 
@@ -113,17 +112,6 @@ def differences(before: dict, now: dict) -> list[str]:
         then, here = before["sets"][name], now["sets"][name]
         found += [f"{key} of {name} was {then.get(key)}, and is {here[key]}" for key in here if then.get(key) != here[key]]
     return sorted(found)
-
-
-def set_aside(path: Path) -> Path | None:
-    """Move a file or directory to the first free of NAME.1, NAME.2 ...; its new path, None where there is nothing."""
-    return path.rename(free_name(path)) if path.exists() else None
-
-
-def free_name(path: Path) -> Path:
-    """The first of NAME.1, NAME.2 ... that is not there."""
-    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
-    return next(name for name in names if not name.exists())
 
 
 def files(directory: Path) -> list[Path]:

@@ -14,7 +14,8 @@ from megatron_nft.errors import UserError
 from megatron_nft.evaluation import answers as kept
 from megatron_nft.evaluation import tables
 from megatron_nft.evaluation.answers import Answers
-from megatron_nft.evaluation.evaluate import Evaluation, answers_expected, evaluate, summarise, write_results, write_whole
+from megatron_nft.evaluation.evaluate import Evaluation, answers_expected, evaluate, summarise, write_results
+from megatron_nft.evaluation.files import write_whole
 from megatron_nft.evaluation.problems import all_problems, check
 from megatron_nft.evaluation.source import Source
 from megatron_nft.locks import exclusive

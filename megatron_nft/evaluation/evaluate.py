@@ -4,7 +4,6 @@ Problems are spread over the engines and every one counts.
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_nft import watchdog
 from megatron_nft.config import Config, dataset_name, samplings
+from megatron_nft.evaluation.files import write_whole
 from megatron_nft.evaluation.problems import Problem, all_problems, by_kind, requests
 from megatron_nft.evaluation.scores import Answered, mean_of_sets, set_result
 from megatron_nft.prompts import PromptSet
@@ -118,12 +118,3 @@ def answers_expected(engine: Engine, prompt_sets: dict[str, PromptSet], config: 
 def write_results(run_dir: str | Path, name: str, summary: dict) -> Path:
     """Write evaluations/NAME.json, complete or not at all; returns its path."""
     return write_whole(Path(run_dir) / "evaluations" / f"{name}.json", json.dumps(summary, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Write a text file, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-    return path

@@ -9,7 +9,7 @@ from megatron_nft.errors import UserError
 from megatron_nft.evaluation import answers as kept
 from megatron_nft.evaluation.answers import Answers
 from megatron_nft.evaluation.command import publish
-from megatron_nft.evaluation.evaluate import write_whole
+from megatron_nft.evaluation.files import free_name, write_whole
 from megatron_nft.evaluation.scores import mean_of_sets, set_result
 from megatron_nft.evaluation.source import find, name_of
 from megatron_nft.rewards import Judge
@@ -40,7 +40,7 @@ def rejudge(config: Config, name: str | None = None) -> str:
     old = json.loads(result.read_text()) if result.is_file() else {}
     said = f"{changed:,} of {number:,} verdicts changed"
     if old:
-        said += f"; the old results are in {shutil.copyfile(result, kept.free_name(result))}"
+        said += f"; the old results are in {shutil.copyfile(result, free_name(result))}"
     return f"{said}\n{publish(config.run_dir, name, _summary(directory, settings, old))}"
 
 
