@@ -4,7 +4,7 @@ import hashlib
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +49,15 @@ def opened(config: Config) -> Iterator[Source]:
     """
     check_writable(config.run_dir)
     given = find(Path(config.model.path), config.evaluation.checkpoint)
-    name = config.evaluation.name or name_of(given)
-    with tempfile.TemporaryDirectory(prefix=".model-", dir=_existing(Path(config.run_dir))) as folder:
-        path = _linked(given, config.evaluation.hf_config, Path(folder)) if _is_megatron_lm(given) else given
+    with ExitStack() as closing:
+        path = given
+        if _is_megatron_lm(given):
+            folder = Path(config.run_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            links = closing.enter_context(tempfile.TemporaryDirectory(prefix=".model-", dir=folder))  # one for each rank
+            path = _linked(given, config.evaluation.hf_config, Path(links))
         config.model.path = str(path)
-        yield Source(path, given, name)
+        yield Source(path, given, config.evaluation.name or name_of(given))
 
 
 def find(path: Path, wanted: str) -> Path:
@@ -109,8 +113,3 @@ def _linked(directory: Path, hf_config: str | None, folder: Path) -> Path:
             (folder / file.name).symlink_to(file.resolve())
     manifest.write(folder, {"layout": {}, "dtype": "", "optimizer": False, "files": {}, "state": {}})
     return folder
-
-
-def _existing(run_dir: Path) -> Path:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    return run_dir
