@@ -1,4 +1,4 @@
-"""An evaluation on fake engines: accuracies, seeds, sets with settings of their own; the layout changes nothing, and neither does a stop."""
+"""An evaluation on fake engines: accuracies, seeds, sets with settings of their own. Neither the layout nor a stop changes anything."""
 
 import json
 from dataclasses import replace

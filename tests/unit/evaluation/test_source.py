@@ -48,7 +48,8 @@ def test_without_scores_the_newest_and_without_checkpoints_the_export(tmp_path):
 
 
 def test_names_are_none_of_a_trainings(tmp_path):
-    names = {"models/Qwen2.5-7B": "Qwen2.5-7B", "runs/mine/checkpoints/step_20": "mine-step_20", "runs/mine/huggingface": "mine-huggingface",
+    names = {"models/Qwen2.5-7B": "Qwen2.5-7B",
+             "runs/mine/checkpoints/step_20": "mine-step_20", "runs/mine/huggingface": "mine-huggingface",
              "pretrain/iter_0000500": "pretrain-iter_0000500", "odd/step_3": "odd-step_3", "a b/my model": "my_model"}  # fmt: skip
     assert {path: name_of(tmp_path / path) for path in names} == names
 
