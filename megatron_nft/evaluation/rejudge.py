@@ -18,8 +18,8 @@ AT_A_TIME = 4096  # answers that wait for verdicts
 
 
 def rejudge(config: Config, name: str | None = None) -> str:
-    """Judge the saved answers of evaluation NAME again, by the verdict functions as they are: that of the set in the config, where it names
-    one, else that which the problem had, else reward.function. Returns what is to be printed.
+    """Judge the saved answers of evaluation NAME again, by the verdict functions as they are: that of the set in the config, where it has
+    one for all of its rows, else that which the problem had, else reward.function. Returns what is to be printed.
 
     Results and answers are replaced when all verdicts are there; the old NAME.json goes to NAME.json.1. Raises UserError where there is no
     such evaluation, or it is not finished.
@@ -28,9 +28,14 @@ def rejudge(config: Config, name: str | None = None) -> str:
     directory = kept.directory_of(config.run_dir, name)
     settings = kept.read_settings(directory)
     _finished(directory, settings)
-    functions = {dataset_name(dataset): dataset.reward for dataset in config.evaluation.sets}
-    with Judge.for_config(config) as judge:
-        changed, number, rewards = _judge_files(directory, judge, functions, config.reward.function)
+    functions = {dataset_name(dataset): dataset.reward for dataset in config.evaluation.sets if not dataset.rewards}
+    try:
+        with Judge.for_config(config) as judge:
+            changed, number, rewards = _judge_files(directory, judge, functions, config.reward.function)
+    except BaseException:
+        for file in directory.glob("*.judged"):
+            file.unlink()
+        raise
     for file in kept.files(directory):
         (directory / f"{file.name}.judged").replace(file)
     for of_set, names in rewards.items():

@@ -88,8 +88,13 @@ def test_what_cannot_be_judged_again(run_dir, tmp_path):
     config.model.path = "nowhere"
     with pytest.raises(UserError, match="is not clear: give --rejudge one of m, other"):
         rejudge(config)
-    kept.files(run_dir / "evaluations/m.answers")[0].unlink()
     before = saved(run_dir)
+    (run_dir / "broken.py").write_text("def broken(response, answer):\n    return 7\n")
+    config.evaluation.sets[0].reward = f"{run_dir / 'broken.py'}:broken"
+    with pytest.raises(UserError, match="broken' returned '7'"):
+        rejudge(config, "m")
+    assert not list(run_dir.glob("evaluations/m.answers/*.judged")) and saved(run_dir) == before
+    kept.files(run_dir / "evaluations/m.answers")[0].unlink()
     with pytest.raises(UserError, match="lacks the answers to 7 problems"):
         rejudge(config, "m")
     assert saved(run_dir) == before
