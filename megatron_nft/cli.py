@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
         ("evaluate", _evaluate, "score a model (Hugging Face directory, run or checkpoint) on the sets of evaluation.sets"),
         ("sft", _sft, "supervised warm start"),
         ("serve", _serve, "one vLLM server for training with rollout.mode=served"),
+        ("contamination", _contamination, "problems of the benchmarks that are in the training data"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", metavar="CONFIG.yaml")
@@ -67,6 +68,12 @@ def parser() -> argparse.ArgumentParser:
         if name == "train":
             text = "print the settings and where they come from, check all that needs no model in memory, and stop"
             command.add_argument("--dry-run", action="store_true", help=text)
+        if name == "contamination":
+            command.add_argument("--words", type=int, default=13, metavar="N", help="a run of so many words in common touches a problem")
+            text = "for --ids: the least share of a problem's runs that a training question has"
+            command.add_argument("--share", type=float, default=0.5, metavar="S", help=text)
+            command.add_argument("--output", type=Path, metavar="FILE", help="all pairs as JSON; default: run_dir/contamination.json")
+            command.add_argument("--ids", type=Path, metavar="FILE", help="write the training prompts to leave out with data.exclude")
     convert = commands.add_parser("convert", help="Hugging Face <-> Megatron checkpoints")
     kinds = convert.add_subparsers(required=True, metavar="KIND")
     for name, source in (("hf-to-megatron", "HF_DIR"), ("megatron-to-hf", "CHECKPOINT_DIR"), ("verify", "HF_DIR")):
@@ -151,6 +158,13 @@ def _serve(arguments: argparse.Namespace) -> None:
     from megatron_nft.rollout.serving import serve
 
     serve(settings, policy.precision_of(settings.model.precision))
+
+
+def _contamination(arguments: argparse.Namespace) -> None:
+    settings = config.load(arguments.config, arguments.overrides)
+    from megatron_nft import contamination
+
+    contamination.report(settings, arguments.words, arguments.share, arguments.output, arguments.ids)
 
 
 def _sft(arguments: argparse.Namespace) -> None:

@@ -1,23 +1,36 @@
-"""From data sets to Prompts: rows of a file or of the hub, the chat template, the filters, and the cursor that training reads from."""
+"""From data sets to Prompts: rows of a file or of the hub, the template, the filters, and the cursor that training reads from."""
 
 import hashlib
 import json
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_nft.config import DataConfig, DatasetConfig, dataset_name
 from megatron_nft.errors import UserError
-from megatron_nft.rows import load_rows
+from megatron_nft.filters import filter_rows, read_excluded
+from megatron_nft.rows import load_rows, read_rows
+from megatron_nft.templates import Template
 from megatron_nft.trajectories import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Cursor", "PromptSet", "chat_text", "dataset_name", "load_prompts", "load_rows", "load_sets", "load_tokenizer"]
+__all__ = [
+    "Cursor",
+    "PromptSet",
+    "Template",
+    "chat_text",
+    "dataset_name",
+    "distinct_rows",
+    "load_prompts",
+    "load_rows",
+    "load_sets",
+    "load_tokenizer",
+]
 
 
 @dataclass
@@ -26,6 +39,7 @@ class PromptSet:
 
     prompts: list[Prompt]
     dropped: dict[str, int] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)  # tokens of each that was neither empty, conflicting nor a duplicate, in order
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -40,19 +54,29 @@ class PromptSet:
     def told(self) -> str:
         """What was dropped, to be put behind a number: " (dropped: too_long 3)"; nothing where nothing was."""
         dropped = ", ".join(f"{reason} {number}" for reason, number in self.dropped.items() if number)
-        return f" (dropped: {dropped})" if dropped else ""
+        longest = f", the longest has {max(self.lengths)} tokens" if self.dropped.get("too_long") and self.lengths else ""
+        return f" (dropped: {dropped}{longest})" if dropped else ""
+
+    @property
+    def length_table(self) -> str:
+        """Quantiles of the lengths before the length filter: "tokens: median 93, 90 % 180, 99 % 310, longest 1204"."""
+        ordered = sorted(self.lengths)
+        if not ordered:
+            return "tokens: none"
+        at = [ordered[min(int(share * len(ordered)), len(ordered) - 1)] for share in (0.5, 0.9, 0.99)]
+        return f"tokens: median {at[0]}, 90 % {at[1]}, 99 % {at[2]}, longest {ordered[-1]}"
 
     @property
     def fingerprint(self) -> str:
         """A hash of all questions and golds in their order. Chat template and instruction are not part of it."""
         digest = hashlib.sha256()
         for prompt in self.prompts:
-            digest.update(json.dumps([prompt.id, prompt.source, prompt.question, prompt.answer]).encode())
+            digest.update(json.dumps([prompt.id, prompt.source, prompt.question, *prompt.golds]).encode())
         return digest.hexdigest()[:16]
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a Hugging Face directory. Raises UserError when there is none, or it has no chat template."""
+    """The tokenizer of a Hugging Face directory. Raises UserError when there is none."""
     from transformers import AutoTokenizer
 
     if not Path(path).is_dir():
@@ -62,8 +86,6 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} has no tokenizer that can be loaded ({_first_line(error)})",
                         "copy tokenizer.json and tokenizer_config.json of the model into it") from None  # fmt: skip
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer in {path} has no chat template", "add chat_template.jinja to the directory")
     return tokenizer
 
 
@@ -71,52 +93,50 @@ def load_prompts(datasets: list[DatasetConfig], tokenizer: "PreTrainedTokenizerB
     """All data sets as one PromptSet. Prompt ids are `set/row id`.
 
     Dropped and counted: `empty` (no question or no gold), `conflicting` (equal questions, spaces apart, whose golds differ),
-    `duplicate` (all but the first of equal questions), `too_long` (over data.max_prompt_length tokens).
-    Raises UserError when nothing is left.
+    `duplicate` (all but the first of equal questions), with data.exclude `excluded` (questions of the ids that it lists), `too_long`
+    (over data.max_prompt_length tokens). Raises UserError when nothing is left.
     """
-    _check_names(datasets)
-    rows = [row | {"source": dataset_name(dataset)} for dataset in datasets for row in load_rows(dataset)]
-    kept, dropped = _filter(rows)
-    texts = [chat_text(row["question"], tokenizer, data, row.get("turns", ())) for row in kept]
+    template = Template.load(tokenizer, data)
+    kept, dropped = distinct_rows(datasets, data)
+    texts = [template.text(row["question"], row.get("turns", ())) for row in kept]
     token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    prompts = [
-        Prompt(f"{row['source']}/{row['id']}", row["question"], row["answer"], tuple(ids), row["source"])
-        for row, ids in zip(kept, token_ids, strict=True)
-        if len(ids) <= data.max_prompt_length
-    ]
+    lengths = [len(ids) for ids in token_ids]
+    prompts = [_prompt(row, ids) for row, ids in zip(kept, token_ids, strict=True) if len(ids) <= data.max_prompt_length]
+    count = len(kept) + sum(dropped.values())
     dropped["too_long"] = len(kept) - len(prompts)
     if not prompts:
         counts = ", ".join(f"{reason} {number}" for reason, number in dropped.items())
-        raise UserError(f"no usable prompts among the {len(rows)} rows of {', '.join(d.path for d in datasets)} ({counts})",
+        longest = f"; the shortest prompt has {min(lengths)} tokens" if lengths else ""
+        raise UserError(f"no usable prompts among the {count} rows of {', '.join(d.path for d in datasets)} ({counts}{longest})",
                         "check the columns, or raise data.max_prompt_length")  # fmt: skip
-    return PromptSet(prompts, dropped)
+    return PromptSet(prompts, dropped, lengths)
+
+
+def distinct_rows(datasets: list[DatasetConfig], data: DataConfig) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The rows of all data sets with `source`, the set's name, each question once, and how many others there were for what reason; as
+    load_prompts has them, before the length filter."""
+    _check_names(datasets)
+    strip = bool(data.instruction)
+    named = [(dataset_name(dataset), dataset) for dataset in datasets]
+    rows = (row | {"source": name} for name, dataset in named for row in read_rows(dataset, strip))
+    return filter_rows(rows, read_excluded(data.exclude))
 
 
 def load_sets(datasets: list[DatasetConfig], tokenizer: "PreTrainedTokenizerBase", data: DataConfig) -> dict[str, PromptSet]:
-    """Each data set as a PromptSet of its own, by name. Raises UserError as load_prompts does."""
+    """Each data set as a PromptSet of its own, by name; data.exclude is for training alone. Raises UserError as load_prompts does."""
     if datasets:
         _check_names(datasets)
-    return {dataset_name(dataset): load_prompts([dataset], tokenizer, data) for dataset in datasets}
+    return {dataset_name(dataset): load_prompts([dataset], tokenizer, replace(data, exclude=None)) for dataset in datasets}
 
 
 def chat_text(question: str, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, turns: Sequence[dict] = ()) -> str:
-    """The text that the model continues: system, earlier turns, the question with the instruction below it, generation prompt.
+    """The text that the model continues, as Template.text says; for more than one question load the Template once."""
+    return Template.load(tokenizer, data).text(question, turns)
 
-    It holds all special tokens, so encode it with add_special_tokens=False. data.system replaces a system turn of the data.
-    Raises UserError when the chat template refuses the conversation.
-    """
-    from jinja2 import TemplateError
 
-    user = f"{question}\n{data.instruction}" if data.instruction else question
-    system = [] if data.system is None else [{"role": "system", "content": data.system}]
-    earlier = [turn for turn in turns if not (system and turn["role"] == "system")]
-    messages = [*system, *earlier, {"role": "user", "content": user}]
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"the chat template refuses a conversation of {roles} ({_first_line(error)})",
-                        "leave data.system unset, or mend the template") from None  # fmt: skip
+def _prompt(row: dict[str, Any], token_ids: list[int]) -> Prompt:
+    return Prompt(f"{row['source']}/{row['id']}", row["question"], row["answer"], tuple(token_ids), row["source"],
+                  row.get("alternatives", ()), row.get("reward"))  # fmt: skip
 
 
 def _check_names(datasets: list[DatasetConfig]) -> None:
@@ -126,32 +146,6 @@ def _check_names(datasets: list[DatasetConfig]) -> None:
     name, number = Counter(map(dataset_name, datasets)).most_common(1)[0]
     if number > 1:
         raise UserError(f"{number} data sets have the name {name}", "give each its own `name`")
-
-
-def _filter(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Rows with a question and a gold, each question once, and the counts of the others."""
-    dropped = {"empty": 0, "conflicting": 0, "duplicate": 0}
-    golds = defaultdict(set)
-    for row in rows:
-        golds[_key(row)].add(row["answer"])
-    kept, seen = [], set()
-    for row in rows:
-        question = _key(row)
-        if not question or not row["answer"]:
-            dropped["empty"] += 1
-        elif len(golds[question] - {""}) > 1:
-            dropped["conflicting"] += 1
-        elif question in seen:
-            dropped["duplicate"] += 1
-        else:
-            seen.add(question)
-            kept.append(row)
-    return kept, dropped
-
-
-def _key(row: dict[str, Any]) -> str:
-    """What makes two questions equal: their text, however it is spaced."""
-    return " ".join(row["question"].split())
 
 
 def _first_line(error: Exception) -> str:

@@ -78,6 +78,7 @@ class StopRequest:
             left = torch.tensor(self._deadline - time.monotonic(), dtype=torch.float64)  # on the CPU: over gloo
             dist.all_reduce(left, dist.ReduceOp.MIN)
             self._set_deadline(time.monotonic() + left.item())
+            return left.item() < math.inf  # not self.requested: a signal since then is known to this rank alone
         return self.requested
 
     def _note(self, number: int, frame: object = None) -> None:

@@ -88,14 +88,15 @@ def load_examples(config: Config) -> list[batching.TrainingAnswer]:
     if not config.sft.data:
         raise UserError("sft.data is empty", "name at least one file with a question and a solution column")
     tokenizer = prompts.load_tokenizer(config.model.path)
+    template = prompts.Template.load(tokenizer, config.data)
     examples = []
     for dataset in config.sft.data:
-        for row in prompts.load_rows(dataset):
+        for row in prompts.load_rows(dataset, strip=bool(config.data.instruction)):
             if not row.get("solution"):
                 raise UserError(
                     f"row {row['id']} of {dataset.path} has no solution", f"fill column {dataset.solution!r} or set sft.data[].solution"
                 )
-            text = prompts.chat_text(row["question"], tokenizer, config.data, row.get("turns", ()))
+            text = template.text(row["question"], row.get("turns", ()))
             prompt = tokenizer.encode(text, add_special_tokens=False)
             response = tokenizer.encode(row["solution"], add_special_tokens=False) + [tokenizer.eos_token_id]
             if len(prompt) + len(response) > config.train.tokens_per_micro_batch:

@@ -47,9 +47,12 @@ def dry_run(config: Config) -> None:
     given = Given.load(config)
     if not config.replay:
         Judge.for_config(config).close()
-    print(f"{len(given.prompts)} training prompts, dropped: {given.prompts.dropped}")
+    print(f"{len(given.prompts)} training prompts, dropped: {given.prompts.dropped}; {given.prompts.length_table}")
     for name, own in given.validation.items():
-        print(f"{len(own)} validation problems in {name}, dropped: {own.dropped}")
+        print(f"{len(own)} validation problems in {name}, dropped: {own.dropped}; {own.length_table}")
+    first = given.prompts[0]
+    text = prompts.load_tokenizer(config.model.path).decode(first.token_ids)
+    print(f"the prompt {first.id}, gold {' | '.join(first.golds)}:\n{text}\n(end of the prompt)")
     print(f"would {f'resume from {given.checkpoint}' if given.checkpoint else 'start'} in {config.run_dir}")
 
 

@@ -23,6 +23,27 @@ ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 101  # divisible by nothing, so that tensor parallelism has to pad it
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def byte_tokenizer(directory: Path) -> Path:
+    """A byte-level tokenizer with CHAT_TEMPLATE: one token a character, and one for each special token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: number for number, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=special, eos_token="<|end|>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(directory)
+    return directory
+
+
 def tiny_model(directory: Path, family: str = "qwen2", tie: bool = True, dtype=torch.float32, seed: int = 0, **changes) -> Path:
     """A random model of 4 layers as a Hugging Face directory, without tokenizer; weights large enough to have sharp opinions."""
     import transformers

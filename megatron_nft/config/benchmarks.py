@@ -22,7 +22,6 @@ class Columns:
     answer_from: str = "plain"
     id: str | None = None
     solution: str = "solution"
-    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,10 @@ class Benchmark:
     subset: str | None = None
     integers: bool = False  # all golds are integers, and are read as such: "025" is 25, "1,000" 1000, 27.0 27
     reward: str | None = None  # verdict function; None: reward.function
+    training: bool = False  # a set to train on
 
 
-_VERL = Columns("prompt", "reward_model.ground_truth", id="extra_info.index", source="data_source")
+_VERL = Columns("prompt", "reward_model.ground_truth", id="extra_info.index")
 _GSM8K = {"path": "openai/gsm8k", "subset": "main", "columns": Columns("question", answer_from="hash", solution="answer"), "integers": True}
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -52,10 +52,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     "minerva": Benchmark("math-ai/minervamath", "test", "minerva_math.jsonl", Columns("question"), reward="math_verify"),
     "gsm8k": Benchmark(split="test", file="gsm8k_test.jsonl", **_GSM8K),
     # for training
-    "gsm8k_train": Benchmark(split="train", file="gsm8k_train.jsonl", **_GSM8K),
+    "gsm8k_train": Benchmark(split="train", file="gsm8k_train.jsonl", training=True, **_GSM8K),
     "math_train": Benchmark("DigitalLearningGmbH/MATH-lighteval", "train", "math_train.jsonl",
-                            Columns(answer="solution", answer_from="box"), reward="math_verify"),
-    "dapo_math_17k": Benchmark("BytedTsinghua-SIA/DAPO-Math-17k", "train", "dapo_math_17k.parquet", _VERL, _VERL, integers=True),
+                            Columns(answer="solution", answer_from="box"), reward="math_verify", training=True),
+    "dapo_math_17k": Benchmark("BytedTsinghua-SIA/DAPO-Math-17k", "train", "dapo_math_17k.parquet", _VERL, _VERL, training=True),
 }  # fmt: skip
 
 

@@ -13,7 +13,9 @@ TWO_RANKS = [*SMALL, "train.steps=2", "parallel.tensor_model_parallel_size=2"]
 
 def line(printed: str) -> str:
     """The newest line of the program's own about the stop."""
-    return [text for text in printed.splitlines() if text.startswith("megatron-nft: ")][-1]
+    found = [text for text in printed.splitlines() if text.startswith("megatron-nft: ")]
+    assert found, printed
+    return found[-1]
 
 
 def test_stopped_at_any_time_and_resumed_equals_never_stopped(small, tmp_path):

@@ -1,4 +1,4 @@
-"""Prompts: rows from files, the chat template, the filters, the cursor, and the one-line errors."""
+"""Prompts: the filters, the length limit, the cursor, and the one-line errors."""
 
 import json
 import os
@@ -8,31 +8,16 @@ import pytest
 
 from megatron_nft.config import DataConfig, DatasetConfig, dataset_name
 from megatron_nft.errors import UserError
-from megatron_nft.prompts import Cursor, PromptSet, chat_text, load_prompts, load_rows, load_tokenizer
+from megatron_nft.prompts import Cursor, PromptSet, load_prompts, load_sets, load_tokenizer
 from megatron_nft.trajectories import Prompt
+from tests.support import byte_tokenizer
 
 REAL = Path(os.environ.get("MEGATRON_NFT_DATA", Path(__file__).parents[3] / "shared" / "data"))
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory):
-    """A byte-level tokenizer: one token a character, and one for each special token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({character: number for number, character in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=special, eos_token="<|end|>")
-    fast.chat_template = TEMPLATE
-    path = tmp_path_factory.mktemp("tokenizer")
-    fast.save_pretrained(path)
-    return path
+    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -47,95 +32,6 @@ def jsonl(path, *rows):
 
 def problems(*pairs):
     return [{"id": number, "problem": question, "answer": answer} for number, (question, answer) in enumerate(pairs)]
-
-
-def test_rows_are_strings_with_ids_from_column_index_or_number(tmp_path):
-    dataset = jsonl(
-        tmp_path / "a.jsonl",
-        {"id": 7, "problem": " 1+1? ", "answer": 2, "solution": "two"},
-        {"extra_info": {"index": 31}, "problem": "2+2?", "answer": "4"},
-        {"problem": "x?", "answer": None},
-    )
-    assert load_rows(dataset) == [
-        {"id": "7", "question": "1+1?", "answer": "2", "solution": "two"},
-        {"id": "31", "question": "2+2?", "answer": "4"},
-        {"id": "2", "question": "x?", "answer": ""},
-    ]
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
-def test_verl_columns_are_read_from_every_kind_of_file(tmp_path, kind):
-    raw = [{"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": f"q{n}"}],
-            "reward_model": {"ground_truth": str(n)}, "extra_info": {"index": n + 10}} for n in range(3)]  # fmt: skip
-    path = tmp_path / f"set.{kind}"
-    if kind == "parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.Table.from_pylist(raw), path)
-    else:
-        path.write_text(json.dumps(raw) if kind == "json" else "\n".join(map(json.dumps, raw)))
-    rows = load_rows(DatasetConfig(path=str(path), question="prompt", answer="reward_model.ground_truth", limit=2))
-    assert rows == [
-        {"id": "10", "question": "q0", "answer": "0", "turns": [{"role": "system", "content": "S"}]},
-        {"id": "11", "question": "q1", "answer": "1", "turns": [{"role": "system", "content": "S"}]},
-    ]
-
-
-def test_a_line_separator_inside_a_string_does_not_split_the_line(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"problem": "a\u2028b", "answer": "1"}\r\n\n{"problem": "c", "answer": "2"}', encoding="utf-8")
-    assert [row["question"] for row in load_rows(DatasetConfig(path=str(path)))] == ["a\u2028b", "c"]
-
-
-def test_a_hub_name_and_a_directory_of_data_go_through_the_datasets_library(tmp_path, monkeypatch):
-    import datasets
-
-    table = datasets.Dataset.from_list([{"problem": f"q{n}", "answer": str(n)} for n in range(5)])
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: asked.append((given, named)) or table)
-    rows = load_rows(DatasetConfig(path="owner/name", split="test", subset="main", limit=3))
-    assert asked == [(("owner/name", "main"), {"split": "test"})]
-    assert [row["answer"] for row in rows] == ["0", "1", "2"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "settings", "said"),
-    [
-        ("missing.jsonl", None, {}, "no data file at"),
-        ("a.csv", b"problem,answer\n", {}, "no data file of a known kind"),
-        ("a.jsonl", b'{"problem": "q", "answer": "1"}\n\n{"problem": ', {}, "line 3 of"),
-        ("a.jsonl", b'{"problem": "q", "answer": "1"}\n[1]\n', {}, "line 2 of"),
-        ("a.json", b'{"problem": "q"}', {}, "no list of JSON objects"),
-        ("a.jsonl", b'{"problem": "\xff\xfe", "answer": "1"}\n', {}, "is not UTF-8 (byte 13)"),
-        ("a.parquet", b"PAR1 this is not parquet", {}, "cannot be read as parquet"),
-        ("a.jsonl", b'{"query": "q", "answer": "1", "meta": {"level": 3}}\n', {}, "no column problem; it has query, answer, meta.level"),
-        ("a.jsonl", b'{"problem": "q", "rm": {"gold": "1"}}\n', {"answer": "rm.truth"}, "no column rm.truth; it has problem, rm.gold"),
-        ("a.jsonl", b'{"problem": {"text": "q"}, "answer": "1"}\n', {}, "column problem in row 0"),
-        ("a.jsonl", b'{"problem": [{"role": "assistant", "content": "q"}], "answer": "1"}\n', {}, "does not end in a turn of the user"),
-        ("a.jsonl", b'{"problem": ["q", "r"], "answer": "1"}\n', {}, "not of {role, content}"),
-        ("a.jsonl", b'{"id": 1, "problem": "q", "answer": "1"}\n{"id": "1", "problem": "r", "answer": "1"}\n', {}, "have the id '1'"),
-    ],
-)
-def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path, name, content, settings, said):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        load_rows(DatasetConfig(path=str(tmp_path / name), **settings))
-    assert said in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_an_unreachable_hub_name_and_a_path_that_is_nowhere_are_user_errors(monkeypatch):
-    import datasets
-
-    def fail(*_, **__):
-        raise ConnectionError("offline\nsecond line")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match=r"cannot load the data set owner/name, split train \(offline\)"):
-        load_rows(DatasetConfig(path="owner/name"))
-    with pytest.raises(UserError, match="no data set at no/such/place"):
-        load_rows(DatasetConfig(path="no/such/place"))
 
 
 def test_names():
@@ -153,22 +49,69 @@ def test_the_prompt_is_the_chat_template_with_generation_prompt(tmp_path, tokeni
     assert list(prompt.token_ids) == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def test_earlier_turns_are_kept_and_the_configured_system_turn_wins(tokenizer):
-    turns = [{"role": "system", "content": "old"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert chat_text("q", tokenizer, DataConfig(), turns).startswith("<|system|>old<|end|><|user|>a<|end|>")
-    assert chat_text("q", tokenizer, DataConfig(system="new"), turns).startswith("<|system|>new<|end|><|user|>a<|end|>")
-    with pytest.raises(UserError, match="refuses a conversation of tool, user .no tools here"):
-        chat_text("q", tokenizer, DataConfig(), [{"role": "tool", "content": "x"}])
-
-
 def test_filters_drop_and_count(tmp_path, tokenizer):
     rows = problems(("a", "1"), ("a", "1"), ("b  c", "1"), ("b c ", "2"), ("d", ""), ("", "3"), ("x" * 50, "4"), ("e", "5"), ("d", "6"))
     dataset = jsonl(tmp_path / "s.jsonl", *rows)
     loaded = load_prompts([dataset], tokenizer, DataConfig(max_prompt_length=13))
     assert [prompt.id for prompt in loaded] == ["s/0", "s/7", "s/8"]
     assert loaded.dropped == {"empty": 2, "conflicting": 2, "duplicate": 1, "too_long": 1}
-    assert loaded.told == " (dropped: empty 2, conflicting 2, duplicate 1, too_long 1)" and PromptSet([], {"empty": 0}).told == ""
+    assert (
+        loaded.told == " (dropped: empty 2, conflicting 2, duplicate 1, too_long 1, the longest has 53 tokens)"
+        and PromptSet([], {"empty": 0}).told == ""
+    )
     assert len(loaded) + sum(loaded.dropped.values()) == len(rows)
+
+
+def test_equal_golds_in_different_spelling_are_no_conflict_and_different_golds_are(tmp_path, tokenizer):
+    same = [("a", "$025$"), ("a", "25.0"), ("b", r"\dfrac{1}{2}"), ("b", r"\frac{1}{2} "), ("c", "1,000"), ("c", "1000")]
+    other = [("d", "1,2"), ("d", "12"), ("e", "-3"), ("e", "3"), ("f", "x"), ("f", "X")]
+    loaded = load_prompts([jsonl(tmp_path / "s.jsonl", *problems(*same, *other))], tokenizer, DataConfig())
+    assert [(prompt.question, prompt.answer) for prompt in loaded] == [("a", "$025$"), ("b", r"\dfrac{1}{2}"), ("c", "1,000")]
+    assert loaded.dropped == {"empty": 0, "conflicting": 6, "duplicate": 3, "too_long": 0}
+
+
+def test_several_golds_and_the_verdict_function_of_each_source(tmp_path, tokenizer):
+    rows = [
+        {"problem": "a", "answer": ["1", "", "2", "1"], "from": "gsm"},
+        {"problem": "b", "answer": "3", "from": "math"},
+        {"problem": "c", "answer": []},
+        {"problem": "a", "answer": ["2", "1"], "from": "gsm"},
+    ]
+    rows = [row | {"from": row.get("from", "?")} for row in rows]
+    dataset = jsonl(tmp_path / "s.jsonl", *rows)
+    dataset.source, dataset.reward, dataset.rewards = "from", "strict_box", {"math": "math_verify"}
+    loaded = load_prompts([dataset], tokenizer, DataConfig())
+    assert [(p.golds, p.reward, p.source) for p in loaded] == [(("1", "2"), "strict_box", "s"), (("3",), "math_verify", "s")]
+    assert loaded.dropped == {"empty": 1, "conflicting": 0, "duplicate": 1, "too_long": 0}
+    assert load_prompts([jsonl(tmp_path / "t.jsonl", rows[1])], tokenizer, DataConfig())[0].reward is None
+
+
+def test_excluded_ids_leave_out_their_questions_with_all_their_rows(tmp_path, tokenizer):
+    dataset = jsonl(tmp_path / "s.jsonl", *problems(("a", "1"), ("b", "2"), ("a ", "1"), ("c", "3")))
+    (tmp_path / "ids.txt").write_text("s/2\n\nelsewhere/1\n")
+    data = DataConfig(exclude=str(tmp_path / "ids.txt"))
+    loaded = load_prompts([dataset], tokenizer, data)
+    assert [prompt.question for prompt in loaded] == ["b", "c"]
+    assert loaded.dropped == {"empty": 0, "conflicting": 0, "duplicate": 0, "excluded": 2, "too_long": 0}
+    assert len(load_sets([dataset], tokenizer, data)["s"]) == 3
+    for content, said in (("t/1\n", "none of the 1 ids of data.exclude"), ("\n", "holds no id"), (None, "no text file at")):
+        (tmp_path / "ids.txt").write_text(content) if content else (tmp_path / "ids.txt").unlink()
+        with pytest.raises(UserError, match=said):
+            load_prompts([dataset], tokenizer, data)
+
+
+def test_the_lengths_are_told_with_those_that_were_dropped(tmp_path, tokenizer):
+    dataset = jsonl(tmp_path / "s.jsonl", *problems(*[("x" * n, "1") for n in range(1, 101)]))
+    loaded = load_prompts([dataset], tokenizer, DataConfig(max_prompt_length=93))  # three tokens are the template's
+    assert loaded.dropped["too_long"] == 10 and loaded.lengths == [n + 3 for n in range(1, 101)]
+    assert loaded.length_table == "tokens: median 54, 90 % 94, 99 % 103, longest 103"
+    with pytest.raises(UserError, match="too_long 100; the shortest prompt has 4 tokens"):
+        load_prompts([dataset], tokenizer, DataConfig(max_prompt_length=3))
+
+
+def test_alternatives_are_part_of_the_fingerprint():
+    one, two = (PromptSet([Prompt("1", "q", "1", (1,), "s", golds)]) for golds in ((), ("2",)))
+    assert one.fingerprint != two.fingerprint == PromptSet([Prompt("1", "q", "1", (9,), "s", ("2",))]).fingerprint
 
 
 def test_the_length_limit_counts_the_tokens_of_the_whole_prompt(tmp_path, tokenizer):
@@ -200,8 +143,11 @@ def test_no_data_set_no_tokenizer_no_template(tmp_path, tokenizer, tokenizer_dir
         load_tokenizer(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((tokenizer_dir / name).read_text())
-    with pytest.raises(UserError, match="no chat template"):
-        load_tokenizer(tmp_path)
+    dataset = jsonl(tmp_path / "s.jsonl", *problems(("a", "1")))
+    bare = load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="no chat template.*data.template"):
+        load_prompts([dataset], bare, DataConfig())
+    assert len(load_prompts([dataset], bare, DataConfig(template="plain"))) == 1
 
 
 def prompt_set(n):
@@ -239,10 +185,12 @@ def test_changed_prompts_are_refused_at_resume():
         Cursor(other, seed=3).load_state_dict(state)
 
 
-@pytest.mark.skipif(not (REAL / "dapo_math_17k.parquet").exists(), reason="the real data is not on this machine")
+REAL_DATA = pytest.mark.skipif(not (REAL / "dapo_math_17k.parquet").exists(), reason="the real data is not on this machine")
+
+
+@REAL_DATA
 def test_the_published_training_set(tokenizer):
-    path = str(REAL / "dapo_math_17k.parquet")
-    dataset = DatasetConfig(path=path, question="prompt", answer="reward_model.ground_truth")
+    dataset = DatasetConfig(benchmark="dapo_math_17k", path=str(REAL / "dapo_math_17k.parquet"))
     loaded = load_prompts([dataset], tokenizer, DataConfig(max_prompt_length=4096))
     assert len(loaded) + sum(loaded.dropped.values()) == 17917
     assert loaded.dropped | {"too_long": 0} == {"empty": 0, "conflicting": 24, "duplicate": 717, "too_long": 0}

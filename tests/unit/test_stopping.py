@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch.distributed as dist
 
 from megatron_nft.stopping import SIGNALS, StopRequest
 from tests.support import ROOT
@@ -52,6 +53,22 @@ def test_the_first_signal_starts_the_clock(monkeypatch):
     now[0] = 50.0
     stop._note(signal.SIGTERM)
     assert stop._deadline == 95.0
+
+
+def test_a_signal_just_after_the_ranks_have_agreed_is_for_the_next_time(monkeypatch):
+    """This rank knows of it and the others do not: all must get the same answer."""
+    stop, late = StopRequest(grace_time=100), [signal.SIGTERM]
+
+    def all_reduce(left, op):
+        assert op == dist.ReduceOp.MIN
+        while late:
+            stop._note(late.pop())
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    assert not stop.agreed()
+    assert stop.agreed()
 
 
 def test_a_run_that_has_not_begun_ends_at_once():
