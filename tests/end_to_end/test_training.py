@@ -1,11 +1,14 @@
 """The program as a user runs it: the reward rises, the run directory is complete, what it exports loads elsewhere."""
 
 import json
+import os
 import re
 
+import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.end_to_end.runs import rows, run
+from megatron_nft.cli import main
+from tests.end_to_end.runs import DEMO, rows, run
 
 
 def test_the_reward_rises(finished):
@@ -56,3 +59,22 @@ def test_the_run_is_evaluated_stopped_and_gone_on(finished, tmp_path):
     assert result["sets"] == expected["sets"] and len(result["sets"]["heldout"]["by_problem"]) == 64
     printed = run("evaluate", tmp_path, *settings, "evaluation.temperature=0.6", log=tmp_path / "refused", code=2)
     assert "temperature of heldout was 1.0, and is 0.6" in printed
+
+
+@pytest.mark.skipif(os.environ.get("MEGATRON_NFT_LONG") != "1", reason="make test-long")
+def test_what_megatron_lm_saved_is_evaluated_in_place_by_two_engines(tmp_path):
+    """A directory without config, tokenizer and manifest: the results are those of the Hugging Face directory that it was made from."""
+    assert main(["convert", "hf-to-megatron", str(DEMO / "model"), str(tmp_path / "ours")]) == 0
+    saved = tmp_path / "pretrain" / "iter_0000003"
+    saved.mkdir(parents=True)
+    for file in (".metadata", "metadata.json", "common.pt", "__0_0.distcp"):
+        (tmp_path / "ours" / file).rename(saved / file)
+    (saved.parent / "latest_checkpointed_iteration.txt").write_text("3")
+    settings = ["evaluation.sets.0.limit=32", "evaluation.k=2", "rollout.cpu_kvcache_space=1"]
+    theirs = [f"model.path={saved.parent}", f"evaluation.hf_config={DEMO / 'model'}"]
+    run("evaluate", tmp_path / "run", *settings, *theirs, log=tmp_path / "log", ranks=2)
+    run("evaluate", tmp_path / "run", *settings, log=tmp_path / "log")
+    results = [json.loads((tmp_path / f"run/evaluations/{name}.json").read_text()) for name in ("pretrain-iter_0000003", "model")]
+    assert results[0]["sets"] == results[1]["sets"] and not list((tmp_path / "run").glob(".model-*"))
+    answers = sorted(file.name for file in (tmp_path / "run/evaluations/pretrain-iter_0000003.answers").glob("*.parquet"))
+    assert answers[0].startswith("part-0-") and answers[-1].startswith("part-1-")

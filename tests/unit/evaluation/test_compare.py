@@ -64,7 +64,7 @@ def test_the_interval_is_paired():
 def test_p_is_even_where_nothing_differs():
     """Over pairs of the same kind p is spread evenly: a tenth of them is below 0.1, and not many more."""
     generator = numpy.random.default_rng(4)
-    p = [difference("s", "greedy", [generator.integers(0, 2, (2, 60)).astype(float).tolist()]).p for _ in range(24)]
+    p = [difference("s", "greedy", [generator.integers(0, 2, (2, 30)).astype(float).tolist()]).p for _ in range(24)]
     assert sum(one < 0.1 for one in p) <= 7 and sum(one < 0.5 for one in p) >= 5 and max(p) > 0.8
     assert difference("s", "greedy", [([0.0, 1.0], [0.0, 1.0])]).p == 1.0
 
