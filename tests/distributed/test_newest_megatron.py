@@ -19,8 +19,9 @@ TESTS = {
     "unit": ["tests/unit/policy"],
     "layouts": ["tests/distributed/test_layouts.py", "tests/distributed/test_fp16.py", "-k", "2ranks or overflow"],
     "conversion": ["tests/end_to_end/test_convert_layouts.py"],
-    "trajectory": ["tests/end_to_end/test_trajectory.py"],
 }
+if os.environ.get("MEGATRON_NFT_LONG") == "1":
+    TESTS["trajectory"] = ["tests/end_to_end/test_trajectory.py"]
 
 
 @pytest.fixture(scope="module")

@@ -166,6 +166,7 @@ def test_a_dry_run_says_what_it_found_and_writes_nothing(folder, capsys):
     out, err = capsys.readouterr()
     assert "objective.eps" in out and "nft as published" in out  # what the settings resolved to
     assert "1 training prompts" in out and "1 validation problems in data" in out and not err
+    assert "tokens: median" in out and "(end of the prompt)" in out and "gold" in out
     assert not (folder / "run").exists()
 
 
