@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for name, run, text in (
         ("train", _train, "post-train a model on checkable problems"),
-        ("evaluate", _evaluate, "score a Hugging Face directory on the sets of evaluation.sets"),
+        ("evaluate", _evaluate, "score a model (Hugging Face directory, run or checkpoint) on the sets of evaluation.sets"),
         ("sft", _sft, "supervised warm start"),
         ("serve", _serve, "one vLLM server for training with rollout.mode=served"),
         ("contamination", _contamination, "problems of the benchmarks that are in the training data"),
@@ -61,6 +61,10 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if name in ("train", "sft"):
             command.set_defaults(goes_on="; the same command goes on from the newest checkpoint")
+        if name == "evaluate":
+            command.set_defaults(goes_on="; the same command goes on after the problems that are answered")
+            text = "judge the saved answers of an evaluation again, without a model"
+            command.add_argument("--rejudge", metavar="NAME", nargs="?", const="", help=text)
         if name == "train":
             text = "print the settings and where they come from, check all that needs no model in memory, and stop"
             command.add_argument("--dry-run", action="store_true", help=text)
@@ -87,6 +91,14 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write RUN_DIR/report.html and print the summary")
     report.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     report.set_defaults(run=_report)
+    compare = commands.add_parser("compare", help="two evaluations side by side, problem by problem")
+    for which in ("a", "b"):
+        compare.add_argument(which, metavar=which.upper(), type=Path, help="a JSON file of evaluations/, or a run directory")
+    compare.add_argument("--name", help="of the evaluation, where a run directory has several")
+    form = compare.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="all of it, as JSON")
+    form.add_argument("--markdown", action="store_true", help="the tables as markdown")
+    compare.set_defaults(run=_compare)
     return top
 
 
@@ -105,17 +117,39 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    name = arguments.rejudge
+    if name and "=" in name:  # a setting after a bare --rejudge
+        arguments.overrides, name = [*arguments.overrides, name], ""
     settings = config.load(arguments.config, arguments.overrides)
+    if name is not None:
+        from megatron_nft.evaluation.rejudge import rejudge
+
+        print(rejudge(settings, name or None), flush=True)
+        return
+    with StopRequest(settings.checkpoint.grace_time) as stop:
+        _evaluate_model(settings, stop)
+
+
+def _evaluate_model(settings: config.Config, stop: StopRequest) -> None:
     from megatron_nft import policy
-    from megatron_nft.evaluation import evaluate_model
+    from megatron_nft.evaluation.command import evaluate_model
+    from megatron_nft.evaluation.source import opened
 
     settings.parallel = config.ParallelConfig()  # of the trainer, which evaluation does without
-    policy.check(settings, config.max_model_len(settings), training=False)
-    policy.start_distributed()
-    try:
-        evaluate_model(settings, policy.precision_of(settings.model.precision))
-    finally:
-        policy.shutdown()
+    with opened(settings) as source:
+        policy.check(settings, config.max_model_len(settings), training=False)
+        policy.start_distributed()
+        try:
+            evaluate_model(settings, source, policy.precision_of(settings.model.precision), stop)
+        finally:
+            policy.shutdown()
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from megatron_nft.evaluation.compare import compare
+
+    found = compare(arguments.a, arguments.b, arguments.name)
+    print(found.as_json() if arguments.json else found.markdown() if arguments.markdown else found.plain())
 
 
 def _serve(arguments: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from megatron_nft import charts, samples
 from megatron_nft.errors import UserError
+from megatron_nft.evaluation import page, tables
 from megatron_nft.logbook import METRICS, duration, read_rows
 
 
@@ -39,6 +40,13 @@ class Totals:
     tokens: int
     seconds: float
     stages: tuple[tuple[str, float, float], ...]  # name, seconds, share of the whole
+
+
+def _rows_if_any(run_dir: str | Path) -> list[dict]:
+    """As load_rows; none where the directory has evaluations and no training. Raises UserError where it has neither."""
+    if Path(run_dir).is_dir() and not (Path(run_dir) / METRICS).is_file() and page.evaluations(run_dir):
+        return []
+    return load_rows(run_dir)
 
 
 def load_rows(run_dir: str | Path) -> list[dict]:
@@ -75,8 +83,14 @@ def totals(rows: list[dict]) -> Totals:
 
 
 def summary(run_dir: str | Path) -> str:
-    """The plain-text table at the end of a training: accuracy before and after, tokens, minutes by stage."""
-    rows = load_rows(run_dir)
+    """The plain-text table at the end of a training: accuracy before and after, tokens, minutes by stage; and the evaluations there are."""
+    rows = _rows_if_any(run_dir)
+    evaluated = [f"{one.name}\n{tables.aligned(one.tables[0][1])}" for one in page.evaluations(run_dir)]
+    parts = [*([_training_summary(rows)] if rows else []), *evaluated, f"report: {Path(run_dir) / 'report.html'}"]
+    return "\n\n".join(parts)
+
+
+def _training_summary(rows: list[dict]) -> str:
     spent, scores = totals(rows), accuracies(rows)
     width = max([len("validation"), *(len(one.name) for one in scores), *(len(name) for name, _, _ in spent.stages)])
     lines = []
@@ -87,30 +101,32 @@ def summary(run_dir: str | Path) -> str:
     lines.append(f"{spent.steps} steps, {spent.tokens:,} sampled tokens, {spent.seconds / 60:.1f} minutes")
     lines += ["", f"{'stage':<{width}}  {'minutes':>8}  {'share':>8}"]
     lines += [f"{name:<{width}}  {seconds / 60:>8.2f}  {share:>8.1%}" for name, seconds, share in spent.stages]
-    lines += ["", f"report: {Path(run_dir) / 'report.html'}"]
     return "\n".join(lines)
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Make run_dir/report.html from metrics.jsonl, and config.yaml and rollouts/ where they are; returns its path."""
+    """Make run_dir/report.html from metrics.jsonl, and config.yaml, rollouts/ and evaluations/ where they are; returns its path. Of a
+    directory without a training it has the evaluations alone."""
     run_dir = Path(run_dir)
-    rows = load_rows(run_dir)
+    rows = _rows_if_any(run_dir)
     config_file = run_dir / "config.yaml"
     config_text = config_file.read_text(encoding="utf-8") if config_file.is_file() else ""
     environment = Environment(loader=PackageLoader("megatron_nft", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["duration"] = duration
     about = header(run_dir, rows, config_text)
-    page = environment.get_template("report.html.jinja").render(
+    text = environment.get_template("report.html.jinja").render(
         **about,
         accuracies=accuracies(rows),
-        totals=totals(rows),
+        totals=totals(rows) if rows else None,
         stage_colours=charts.STAGES,
-        charts=[(chart.title, chart.reading, Markup(charts.svg(chart, rows))) for chart in charts.charts_of(rows)],
+        charts=[(chart.title, chart.reading, Markup(charts.svg(chart, rows))) for chart in charts.charts_of(rows)] if rows else [],
         samples=samples.sample_answers(run_dir, about["model"]),
+        evaluations=page.evaluations(run_dir),
+        method=tables.METHOD,
         config=config_text,
     )
     path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 

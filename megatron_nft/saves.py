@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from megatron_nft import policy, watchdog
-from megatron_nft.config import Config, dataset_name
+from megatron_nft.config import Config, dataset_name, samplings, set_sampling
 from megatron_nft.errors import UserError
 from megatron_nft.logbook import Logbook, duration
 from megatron_nft.policy import checkpoint
@@ -22,10 +22,11 @@ def directory_of(run_dir: str | Path, step: int) -> Path:
 def best_metric(config: Config) -> str | None:
     """The key in metrics.jsonl that says which checkpoint is best: checkpoint.best_metric, or avg@k (greedy where k is 0) of the first
     validation set; None where there is none."""
-    settings, sets = config.evaluation, config.evaluation.sets
+    sets = config.evaluation.sets
     if config.checkpoint.best_metric or not sets:
         return config.checkpoint.best_metric
-    return f"validation/{dataset_name(sets[0])}/" + (f"avg@{settings.k}" if settings.k else "greedy")
+    k = set_sampling(config, sets[0]).k
+    return f"validation/{dataset_name(sets[0])}/" + (f"avg@{k}" if k else "greedy")
 
 
 class Saves:
@@ -102,10 +103,6 @@ def check(config: Config) -> None:
             f"({settings.interval}) is no multiple of evaluation.interval ({evaluation.interval})",
             "choose intervals that divide",
         )
-    known = [f"validation/{dataset_name(s)}/{kind}" for s in evaluation.sets for kind in _kinds(evaluation)]
+    known = [f"validation/{name}/{kind}" for name, sampling in samplings(config).items() for kind in sampling.accuracies]
     if best_metric(config) not in known:
         raise UserError(f"checkpoint.best_metric {best_metric(config)} is no metric of this run", f"use one of {', '.join(known)}")
-
-
-def _kinds(evaluation) -> list[str]:
-    return ["greedy"] * evaluation.greedy + [f"avg@{evaluation.k}"] * bool(evaluation.k)

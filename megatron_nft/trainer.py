@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from megatron_nft import batching, evaluation, objectives, policy, prompts, rollout, saves, watchdog
+from megatron_nft import batching, objectives, policy, prompts, rollout, saves, watchdog
 from megatron_nft.config import Config, max_model_len, save
 from megatron_nft.errors import UserError
+from megatron_nft.evaluation import evaluate, problems
 from megatron_nft.logbook import Logbook, check_writable, held, remove_later
 from megatron_nft.policy import checkpoint, exchange
 from megatron_nft.prompts import Cursor, PromptSet
@@ -47,8 +48,8 @@ def dry_run(config: Config) -> None:
     if not config.replay:
         Judge.for_config(config).close()
     print(f"{len(given.prompts)} training prompts, dropped: {given.prompts.dropped}; {given.prompts.length_table}")
-    for name, problems in given.validation.items():
-        print(f"{len(problems)} validation problems in {name}, dropped: {problems.dropped}; {problems.length_table}")
+    for name, own in given.validation.items():
+        print(f"{len(own)} validation problems in {name}, dropped: {own.dropped}; {own.length_table}")
     first = given.prompts[0]
     text = prompts.load_tokenizer(config.model.path).decode(first.token_ids)
     print(f"the prompt {first.id}, gold {' | '.join(first.golds)}:\n{text}\n(end of the prompt)")
@@ -77,7 +78,7 @@ class Given:
             return cls(training, {}, found)
         validation = prompts.load_sets(config.evaluation.sets, tokenizer, config.data)
         if validation:
-            evaluation.check(validation, config.evaluation)
+            problems.check(validation, config)
         return cls(training, validation, found)
 
 
@@ -287,7 +288,7 @@ class Run:
         if validate:
             self.state["row"] = dict(self.log.row)
             with self.log.stage("validate"):
-                self.validated = step, evaluation.validate(self.engine, self.judge, self.validation, self.config, step)
+                self.validated = step, evaluate.validate(self.engine, self.judge, self.validation, self.config, step)
             self.log.add(self.validated[1])
             del self.state["row"]
         self.saves.poll()

@@ -5,6 +5,7 @@ from megatron_nft.config.benchmarks import BENCHMARKS, DATA_SUFFIXES, Benchmark
 from megatron_nft.config.checks import check
 from megatron_nft.config.loading import describe, known_keys, load, load_with_sources, preset_names, save
 from megatron_nft.config.objective import POLICY_GRADIENT
+from megatron_nft.config.sampling import SetSampling, max_answer_length, max_model_len, samplings, set_sampling
 from megatron_nft.config.settings import (
     Config,
     CorrectionConfig,
@@ -20,8 +21,6 @@ from megatron_nft.config.settings import (
     RolloutConfig,
     ServedConfig,
     dataset_name,
-    max_answer_length,
-    max_model_len,
 )
 
 __all__ = [
@@ -42,6 +41,7 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "ServedConfig",
+    "SetSampling",
     "check",
     "dataset_name",
     "describe",
@@ -51,5 +51,7 @@ __all__ = [
     "max_answer_length",
     "max_model_len",
     "preset_names",
+    "samplings",
     "save",
+    "set_sampling",
 ]

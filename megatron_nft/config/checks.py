@@ -5,7 +5,7 @@ import re
 
 from megatron_nft.config import engine, megatron
 from megatron_nft.config.objective import AUTHORS_DAPO, OWN_SETTINGS, POLICY_GRADIENT, PUBLISHED
-from megatron_nft.config.settings import PHASES, Config, DatasetConfig, value_of
+from megatron_nft.config.settings import PHASES, Config, DatasetConfig, dataset_name, value_of
 from megatron_nft.errors import UserError
 
 LAST_PORT = 65535  # of TCP
@@ -32,6 +32,7 @@ def check(config: Config) -> None:
     for key in ("data.train", "evaluation.sets", "sft.data"):
         for number, dataset in enumerate(value_of(config, key)):
             _check_dataset(dataset, f"{key}[{number}]")
+    _check_evaluation(config)
     _check_pairs(config)
 
 
@@ -57,6 +58,22 @@ def _check_pairs(config: Config) -> None:
     _check_watchdog(config)
     engine.check(config)
     megatron.check(config)
+
+
+def _check_evaluation(config: Config) -> None:
+    """What single sets say, and the names of results and checkpoint."""
+    for dataset in config.evaluation.sets:
+        for key, least in (("k", 0), ("temperature", _LEAST["evaluation.temperature"]), ("max_tokens", 1)):
+            value = getattr(dataset, key)
+            if value is not None and not (value >= least and math.isfinite(value)):
+                raise UserError(f"{key} of the set {dataset_name(dataset)} is {value}", f"use a finite number, {least} or more")
+        if dataset.top_p is not None and not 0 < dataset.top_p <= 1:
+            raise UserError(f"top_p of the set {dataset_name(dataset)} is {dataset.top_p}", "use a number above 0, up to 1")
+    name, chosen = config.evaluation.name, config.evaluation.checkpoint
+    if name is not None and (not re.fullmatch(r"\w[\w.+@=-]*", name) or re.fullmatch(r"step_\d+", name)):
+        raise UserError(f"evaluation.name is {name!r}", "use letters, digits and -_.+@=; step_N are the names of a training's validations")
+    if not re.fullmatch(r"best|newest|step_\d+", chosen):
+        raise UserError(f"evaluation.checkpoint is {chosen!r}", "use best, newest or step_N")
 
 
 def _check_objective(config: Config) -> None:

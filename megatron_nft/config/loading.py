@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_nft.config import objective
 from megatron_nft.config.checks import check
+from megatron_nft.config.sampling import choose_sets
 from megatron_nft.config.settings import Config, DatasetConfig, EvaluationSetConfig, value_of
 from megatron_nft.errors import UserError
 
@@ -56,6 +57,7 @@ def load_with_sources(path: str | Path, overrides: list[str] = ()) -> tuple[Conf
     except TypeError as error:  # OmegaConf's for a list where a mapping belongs, or the other way round
         raise UserError(f"{path} or an override puts a list where a mapping belongs, or the other way round ({error})",
                         "compare with megatron_nft/config/settings.py") from None  # fmt: skip
+    choose_sets(config.evaluation)
     check(config)
     return config, layers.sources
 

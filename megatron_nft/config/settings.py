@@ -284,7 +284,11 @@ class EvaluationConfig:
     """Validation during training, and `megatron-nft evaluate`."""
 
     sets: list[EvaluationSetConfig] = field(default_factory=list)
+    only: list[str] = field(default_factory=list)  # names of the sets to take; none: all
     data_dir: str | None = None  # folder of the benchmarks' files; default: they come from the hub
+    name: str | None = None  # of `evaluate`'s results, evaluations/NAME.json; default: after the model
+    checkpoint: str = "best"  # where model.path is a training run: best (newest, where none has a score) | newest | step_N
+    hf_config: str | None = None  # for a checkpoint that Megatron-LM saved: directory with the model's config.json and tokenizer
     interval: int = 10  # rollout steps between validations; 0: never
     k: int = 8  # answers per problem for avg@k
     temperature: float = 1.0
@@ -348,16 +352,6 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     sft: SftConfig = field(default_factory=SftConfig)
-
-
-def max_answer_length(config: Config) -> int:
-    """Tokens of the longest answer, in training or in validation."""
-    return max(config.rollout.max_tokens, config.evaluation.max_tokens or 0)
-
-
-def max_model_len(config: Config) -> int:
-    """Tokens of the longest prompt with the longest answer: the engine's window, under vLLM's name."""
-    return config.data.max_prompt_length + max_answer_length(config)
 
 
 def value_of(config: Config, key: str) -> Any:

@@ -64,6 +64,40 @@ class Verdicts:
         return response
 
 
+class _Filling:
+    """Groups whose answers come one by one; on_group is told of each when all of its answers are there and judged."""
+
+    def __init__(self, prompts: list[Prompt], requests: list[list[Request]], on_group: Callable[[int, Group], None] | None):
+        self.groups = [Group(prompt, [None] * len(own)) for prompt, own in zip(prompts, requests, strict=True)]
+        self._places = [(i, sample) for i, own in enumerate(requests) for sample in range(len(own))]
+        self._verdicts: list[list[tuple[Response, Future]]] = [[] for _ in prompts]
+        self._full: list[int] = []  # all answers are there, verdicts may be missing
+        self._on_group = on_group
+
+    def prompt(self, index: int) -> Prompt:
+        """Of a request, by its number among all."""
+        return self.groups[self._places[index][0]].prompt
+
+    def put(self, index: int, response: Response, verdict: Future) -> None:
+        """The answer to a request."""
+        i, sample = self._places[index]
+        self.groups[i].responses[sample] = response
+        self._verdicts[i].append((response, verdict))
+        if len(self._verdicts[i]) == len(self.groups[i].responses):
+            self._full.append(i)
+        self.hand_on(wait=False)
+
+    def hand_on(self, wait: bool) -> None:
+        """Tell of the groups that are complete; wait: for verdicts, too. Raises what a verdict raised."""
+        ready = [i for i in self._full if wait or all(verdict.done() for _, verdict in self._verdicts[i])]
+        self._full = [i for i in self._full if i not in ready]
+        for i in ready:
+            for response, verdict in self._verdicts[i]:
+                response.verdict = verdict.result()
+            if self._on_group is not None:
+                self._on_group(i, self.groups[i])
+
+
 def answer(
     engine: Engine,
     judge: "Judge | None",
@@ -71,30 +105,29 @@ def answer(
     requests: list[list[Request]],
     on_finish: Callable[[int, Response], None] | None = None,
     function: str | None = None,
+    on_group: Callable[[int, Group], None] | None = None,
 ) -> list[Group]:
     """Sample and judge this engine's prompts; requests[i] are those of prompts[i]. Called by every rank, with or without prompts.
 
-    Verdicts start as answers finish; on_finish(index, response) is called then, too. function: as rollout.function. Returns the groups
-    ([] on a rank that is not its engine's first, which has no judge to ask).
+    Verdicts start as answers finish; on_finish(index, response) is called then, too. on_group(i, group) is called when all answers to
+    prompts[i] are judged, while others still run; of those that are complete it is called also where this ends by an exception.
+    function: as rollout.function. Returns the groups ([] on a rank that is not its engine's first, which has no judge to ask).
     """
-    owner = [i for i, own in enumerate(requests) for _ in own]
-    verdicts: list[Future | None] = [None] * len(owner)
+    filling = _Filling(prompts, requests, on_group)
 
     def submit(index: int, response: Response) -> None:
         if engine.is_first:
-            verdicts[index] = judge.submit(response.text, prompts[owner[index]])
+            filling.put(index, response, judge.submit(response.text, filling.prompt(index)))
         if on_finish is not None:
             on_finish(index, response)
 
     flat = [request for own in requests for request in own]
-    if function is None:
-        responses = engine.generate(flat, submit)
-    else:
-        responses = tools.generate(engine, tools.resolve(function), engine.tokenizer, [prompts[i] for i in owner], flat, submit)[0]
-    if not engine.is_first:
-        return []
-    groups = [Group(prompt) for prompt in prompts]
-    for i, response, verdict in zip(owner, responses, verdicts, strict=True):
-        response.verdict = verdict.result()
-        groups[i].responses.append(response)
-    return groups
+    try:
+        if function is None:
+            engine.generate(flat, submit)
+        else:
+            asked = [filling.prompt(index) for index in range(len(flat))]
+            tools.generate(engine, tools.resolve(function), engine.tokenizer, asked, flat, submit)
+    finally:
+        filling.hand_on(wait=True)
+    return filling.groups if engine.is_first else []

@@ -4,6 +4,8 @@ The signal falls `after` seconds after the beginning of a stage of a step ("writ
 before the files are complete where saving goes on in the background). SIGKILL goes to every process of the run, as when a machine goes
 down; any other signal to this process, on the ranks named by "ranks" (all by default), as often as "times" says. "HANG" is no signal:
 there the process makes no progress any more.
+
+Of an evaluation: `'{"problems": 20, "signal": ...}'`, when so many problems are answered.
 """
 
 import json
@@ -69,6 +71,22 @@ def watch(stage: str, step: int, after: float, signal: str, ranks: list[int] | N
     Logbook.stage, Logbook.commit = note_stage, note_commit
 
 
+def watch_answers(problems: int, signal: str) -> None:
+    """Patch what keeps an evaluation's answers."""
+    from megatron_nft.evaluation.answers import Answers
+
+    add, taken = Answers.add, []
+
+    def take(answers: Answers, *more) -> None:
+        add(answers, *more)
+        taken.append(more)
+        if len(taken) == problems:
+            strike(getattr(globals()["signal"], signal), 0.0, 1)
+
+    Answers.add = take
+
+
 if __name__ == "__main__":
-    watch(**json.loads(sys.argv[1]))
+    at = json.loads(sys.argv[1])
+    (watch_answers if "problems" in at else watch)(**at)
     sys.exit(main(sys.argv[2:]))

@@ -122,6 +122,30 @@ def test_evaluate_needs_problems(folder, capsys):
     assert "no model directory" in refused(capsys, "evaluate", str(folder / "config.yaml"), "model.path=nowhere")
 
 
+BAD_EVALUATIONS = {
+    "evaluation.k=0 evaluation.greedy=false": "greedy is false and k is 0 for the set data",
+    "evaluation.sets.0.k=0 evaluation.greedy=false": "greedy is false and k is 0 for the set data",
+    "evaluation.sets.0.k=-1": "k of the set data is -1: use a finite number, 0 or more",
+    "evaluation.temperature=.nan": "evaluation.temperature is nan",
+    "evaluation.sets.0.temperature=.nan": "temperature of the set data is nan",
+    "evaluation.sets.0.top_p=0": "top_p of the set data is 0.0",
+    "evaluation.sets.0.max_tokens=0": "max_tokens of the set data is 0",
+    "evaluation.only=[dat]": "evaluation.only names 'dat', which is no set of evaluation.sets: did you mean data?",
+    "evaluation.sets=[{benchmark:mathh500}]": "there is no benchmark 'mathh500': did you mean math500?",
+    "evaluation.name=step_3": "evaluation.name is 'step_3'",
+    "evaluation.name=a/b": "evaluation.name is 'a/b'",
+    "evaluation.checkpoint=last": "use best, newest or step_N",
+    "evaluation.sets.0.path=nowhere.jsonl": "no data file at nowhere.jsonl",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD_EVALUATIONS)
+def test_evaluate_refuses(overrides, folder, capsys):
+    words = [word.replace(":", ": ") for word in overrides.split()]
+    assert BAD_EVALUATIONS[overrides] in refused(capsys, "evaluate", str(folder / "config.yaml"), *words)
+    assert not (folder / "run").exists()
+
+
 def test_overrides_may_stand_after_the_flag(folder, capsys):
     assert "optimizer.lr is -1" in refused(capsys, "train", str(folder / "config.yaml"), "--dry-run", "optimizer.lr=-1")
     with pytest.raises(SystemExit, match="2"):

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 
 from megatron_nft import saves
-from megatron_nft.config import Config, DatasetConfig
+from megatron_nft.config import Config, EvaluationSetConfig
 from megatron_nft.errors import UserError
 from megatron_nft.policy import manifest
 from megatron_nft.policy.saving import Saved
@@ -42,7 +42,7 @@ class FakeModel:
 
 def config(run_dir: Path, **settings) -> Config:
     made = Config(run_dir=str(run_dir))
-    made.evaluation.sets = [DatasetConfig(path="data/heldout.jsonl")]
+    made.evaluation.sets = [EvaluationSetConfig(path="data/heldout.jsonl")]
     for name, value in settings.items():
         setattr(made.checkpoint, name, value)
     return made

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_nft.config import ObjectiveConfig, describe, load, load_with_sources, preset_names
+from megatron_nft.config import ObjectiveConfig, SetSampling, describe, load, load_with_sources, max_model_len, preset_names, samplings
 from megatron_nft.config.objective import OWN_SETTINGS, PUBLISHED
 from megatron_nft.errors import UserError
 
@@ -35,7 +35,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", [name for name in preset_names() if not name.startswith("evaluation-")])
 def test_a_preset_is_the_published_run(file, name):
     config = load(file(f"preset: {name}\n"))
     rollout, settings = config.rollout, config.objective
@@ -55,6 +55,15 @@ def test_the_authors_settings_in_full(file):
     assert optimizer.lr_warmup_iters == 160 and config.train.steps == 320
     assert (config.evaluation.k, config.evaluation.temperature, config.evaluation.top_p) == (32, 0.6, 0.7)
     assert (config.rollout.temperature, config.rollout.top_p, config.rollout.order) == (1.0, 1.0, "prompt")
+
+
+@pytest.mark.parametrize(("name", "temperature", "tokens"), [("evaluation-7b", 1.0, 3584), ("evaluation-32b", 0.6, 14336)])
+def test_the_papers_benchmarks(file, name, temperature, tokens):
+    """avg@32 of three and avg@1 of three, top_p 0.7."""
+    config = load(file(f"preset: [nft-7b, {name}]\n"))
+    expected = {"aime24": 32, "aime25": 32, "amc23": 32, "math500": 1, "olympiadbench": 1, "minerva": 1}
+    assert samplings(config) == {of_set: SetSampling(False, k, temperature, 0.7, tokens) for of_set, k in expected.items()}
+    assert max_model_len(config) == tokens + (512 if name == "evaluation-7b" else 2048)
 
 
 @pytest.mark.parametrize("where", ["file", "command line"])

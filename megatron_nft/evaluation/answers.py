@@ -1,0 +1,195 @@
+"""Answers that are kept while an evaluation goes on: evaluations/NAME.answers, parquet files of whole problems, and settings.json.
+
+An evaluation that was stopped or killed goes on after them, and verdicts can be given anew without a model. Each engine writes files of its
+own, complete or not at all.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+from megatron_nft.errors import UserError
+from megatron_nft.evaluation.files import set_aside, write_whole
+from megatron_nft.evaluation.scores import Answered
+from megatron_nft.trajectories import Prompt, Response
+
+FLUSH_SECONDS = 30.0  # of work that a kill may cost
+MEND = "use the settings it was begun with, another evaluation.name, or resume=false, which begins anew and keeps the old answers beside"
+_log = logging.getLogger(__name__)
+
+
+def directory_of(run_dir: str | Path, name: str) -> Path:
+    """Where the answers of an evaluation are."""
+    return Path(run_dir) / "evaluations" / f"{name}.answers"
+
+
+class Answers:
+    """The answers of an evaluation. `told`: what is known of those that are there; `done`: the problems, by set and position, that they are
+    all the answers to."""
+
+    def __init__(self, directory: Path, wanted: dict[tuple[str, int], int], engine: int = 0, every: float = FLUSH_SECONDS):
+        """Read what is there. wanted: how many answers each problem is to have; engine: which one writes, every so many seconds of work.
+
+        A file that cannot be read is passed over with a warning, and renamed: its problems are answered again.
+        """
+        self.directory, self._engine, self._every = directory, engine, every
+        rows = [row for file in files(directory) for row in self._read(file)]
+        rows.sort(key=_place)
+        self.told = [told for told in _told(rows) if told is not None and (told.set, told.position) in wanted]
+        counts: dict[tuple[str, int], int] = {}
+        for one in self.told:
+            counts[one.set, one.position] = counts.get((one.set, one.position), 0) + len(one.scores)
+        self.done = {key for key, number in counts.items() if number == wanted[key]}
+        self.told = [one for one in self.told if (one.set, one.position) in self.done]
+        self._rows: list[dict] = []
+        self._last: float | None = None  # when answers were written last; the first problem starts the clock
+
+    def _read(self, file: Path) -> list[dict]:
+        import pyarrow
+
+        try:
+            return read(file, _LIGHT)
+        except (pyarrow.ArrowException, OSError) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            _log.warning("passing over %s, which is damaged (%s): its problems are answered again", file, said)
+        if self._engine == 0 and file.is_file():
+            file.rename(file.with_name(file.name + ".damaged"))
+        return []
+
+    def add(self, key: tuple[str, int], prompt: Prompt, kinds: dict[str, list[Response]]) -> None:
+        """All answers to a problem; written when it is time."""
+        self._rows += [_row(key, prompt, kind, i, one) for kind, responses in kinds.items() for i, one in enumerate(responses)]
+        self._last = self._last or time.monotonic()
+        if time.monotonic() - self._last >= self._every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is not written yet."""
+        if self._rows:
+            number = 1 + max((_number(file) for file in self.directory.glob(f"part-{self._engine}-*")), default=-1)
+            write(self.directory / f"part-{self._engine}-{number:05}.parquet", self._rows)
+        self._rows, self._last = [], time.monotonic()
+
+
+def begin(directory: Path, settings: dict, resume: bool, first: bool) -> None:
+    """Make the directory ready for an evaluation with these settings. first: whether this process is the one that changes it.
+
+    Raises UserError where it was begun with others, unless `resume` is false: then what is there is moved aside.
+    """
+    file, before = directory / "settings.json", {}
+    if file.is_file() and not resume and first:
+        set_aside(directory)
+    elif file.is_file() and resume:
+        before = read_settings(directory)
+        if changed := differences(before, settings):
+            raise UserError(f"{directory} was begun with other settings ({'; '.join(changed)})", MEND)
+    if first:
+        kept = settings | {"sets": {**before.get("sets", {}), **settings["sets"]}}  # of sets that are left out this time
+        write_whole(file, json.dumps(kept, indent=1) + "\n")
+
+
+def read_settings(directory: Path) -> dict:
+    """What an evaluation was begun with. Raises UserError where there is none, or its file is damaged."""
+    file = directory / "settings.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no answers at {directory}", "give the name of an evaluation of this run_dir") from None
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error})", f"remove {directory}, or use resume=false") from None
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """Which settings differ, in words. Sets that one of the two has not are no difference, and neither is where the model lies."""
+    keys = now.keys() - {"sets", "model"}
+    found = [f"{key} was {before.get(key)}, and is {now[key]}" for key in keys if before.get(key) != now[key]]
+    for name in now["sets"].keys() & before.get("sets", {}).keys():
+        then, here = before["sets"][name], now["sets"][name]
+        found += [f"{key} of {name} was {then.get(key)}, and is {here[key]}" for key in here if then.get(key) != here[key]]
+    return sorted(found)
+
+
+def files(directory: Path) -> list[Path]:
+    """The files of answers, in order."""
+    return sorted(directory.glob("part-*.parquet"))
+
+
+def read(file: Path, columns: list[str] | None = None) -> list[dict]:
+    """The rows of a file, without those columns that are not asked for."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(file, schema=_schema(), columns=columns).to_pylist()
+
+
+def write(file: Path, rows: list[dict]) -> None:
+    """Complete or not at all."""
+    import pyarrow
+    import pyarrow.parquet
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".unfinished")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_schema()), part)
+    os.replace(part, file)
+
+
+def prompt_of(row: dict) -> Prompt:
+    """The problem that a row answers, as a judge knows it."""
+    return Prompt(row["prompt_id"], row["question"], row["answer"], (), row["set"], tuple(row["alternatives"] or ()), row["reward"])
+
+
+_LIGHT = ["set", "position", "prompt_id", "kind", "sample", "verdict", "outcome", "found", "length", "finish_reason"]
+_place = itemgetter("set", "position", "kind", "sample")
+
+
+def _told(rows: list[dict]) -> Iterator[Answered | None]:
+    """Of sorted rows; of an answer that is there twice the first counts."""
+    for (name, position, kind), own in groupby(rows, key=itemgetter("set", "position", "kind")):
+        first = {row["sample"]: row for row in reversed([*own])}
+        these = [first[sample] for sample in sorted(first)]
+        columns = {key: tuple(row[key] for row in these) for key in _LIGHT}
+        cut = tuple(reason == "length" for reason in columns["finish_reason"])
+        yield Answered(name, position, these[0]["prompt_id"], kind, columns["verdict"], columns["outcome"], columns["found"],
+                       columns["length"], cut)  # fmt: skip
+
+
+def _row(key: tuple[str, int], prompt: Prompt, kind: str, sample: int, response: Response) -> dict:
+    verdict = response.verdict
+    return {
+        "set": key[0],
+        "position": key[1],
+        "prompt_id": prompt.id,
+        "question": prompt.question,
+        "answer": prompt.answer,
+        "alternatives": prompt.alternatives,
+        "reward": prompt.reward,
+        "kind": kind,
+        "sample": sample,
+        "response": response.text,
+        "verdict": verdict.score,
+        "outcome": verdict.outcome,
+        "found": verdict.found,
+        "finish_reason": response.finish_reason,
+        "length": len(response.token_ids),
+        "tokens": response.token_ids,
+    }
+
+
+def _schema():
+    import pyarrow as pa
+
+    text, integer = pa.string(), pa.int64()
+    return pa.schema({
+        "set": text, "position": integer, "prompt_id": text, "question": text, "answer": text, "alternatives": pa.list_(text),
+        "reward": text, "kind": text, "sample": integer, "response": text, "verdict": pa.float64(), "outcome": text, "found": text,
+        "finish_reason": text, "length": integer, "tokens": pa.list_(pa.int32()),
+    })  # fmt: skip
+
+
+def _number(file: Path) -> int:
+    """N of part-E-N and whatever follows."""
+    return int(file.name.split("-")[2].split(".")[0])
