@@ -162,7 +162,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 def _contamination(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config, arguments.overrides)
-    from megatron_nft import contamination
+    from megatron_nft.prompts import contamination
 
     contamination.report(settings, arguments.words, arguments.share, arguments.output, arguments.ids)
 

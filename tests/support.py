@@ -20,6 +20,9 @@ from megatron_nft.errors import UserError
 from megatron_nft.trajectories import Group, Prompt, Response, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
+REAL = Path(
+    os.environ.get("MEGATRON_NFT_DATA", ROOT.parent / "shared" / "data")
+)  # published problems; tests of them skip where they are not
 VOCAB = 101  # divisible by nothing, so that tensor parallelism has to pad it
 
 

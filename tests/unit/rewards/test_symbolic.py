@@ -1,14 +1,11 @@
 """Symbolic equivalence. The cases are cheap and harmless, so they run in the test's own process."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
 from megatron_nft.rewards.symbolic import math_verify
-
-REAL = Path(os.environ.get("MEGATRON_NFT_DATA", Path(__file__).parents[4] / "shared" / "data"))
+from tests.support import REAL
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,14 @@ import json
 import os
 import random
 import re
-from pathlib import Path
 
 import pytest
 
 from megatron_nft.cli import main
 from megatron_nft.config import DatasetConfig, load
-from megatron_nft.contamination import Index, find_contamination, words_of
-from megatron_nft.rows import load_rows
-
-REAL = Path(os.environ.get("MEGATRON_NFT_DATA", Path(__file__).parents[3] / "shared" / "data"))
+from megatron_nft.prompts.contamination import Index, find_contamination, words_of
+from megatron_nft.prompts.rows import load_rows
+from tests.support import REAL
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """Prompts: the filters, the length limit, the cursor, and the one-line errors."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
@@ -10,9 +8,7 @@ from megatron_nft.config import DataConfig, DatasetConfig, dataset_name
 from megatron_nft.errors import UserError
 from megatron_nft.prompts import Cursor, PromptSet, load_prompts, load_sets, load_tokenizer
 from megatron_nft.trajectories import Prompt
-from tests.support import byte_tokenizer
-
-REAL = Path(os.environ.get("MEGATRON_NFT_DATA", Path(__file__).parents[3] / "shared" / "data"))
+from tests.support import REAL, byte_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,16 @@
 """Rows of files and of the hub: columns, golds, published layouts, and the one-line errors."""
 
 import json
-import os
 import tracemalloc
-from pathlib import Path
 
 import pytest
 
 from megatron_nft.config import DatasetConfig
 from megatron_nft.errors import UserError
-from megatron_nft.instructions import DAPO_AFTER, DAPO_BEFORE
-from megatron_nft.prompts import load_rows
-from megatron_nft.rows import read_rows
+from megatron_nft.prompts.instructions import DAPO_AFTER, DAPO_BEFORE
+from megatron_nft.prompts.rows import load_rows, read_rows
+from tests.support import REAL
 
-REAL = Path(os.environ.get("MEGATRON_NFT_DATA", Path(__file__).parents[3] / "shared" / "data"))
 REAL_DATA = pytest.mark.skipif(not (REAL / "gsm8k_test.jsonl").exists(), reason="the real data is not on this machine")
 
 

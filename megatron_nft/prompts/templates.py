@@ -9,8 +9,8 @@ import yaml
 
 from megatron_nft.config import DataConfig
 from megatron_nft.errors import UserError
-from megatron_nft.instructions import instruct
-from megatron_nft.tables import read_json
+from megatron_nft.prompts.instructions import instruct
+from megatron_nft.prompts.tables import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,9 +6,9 @@ import pytest
 
 from megatron_nft.config import DataConfig
 from megatron_nft.errors import UserError
-from megatron_nft.instructions import DAPO_AFTER, DAPO_BEFORE, INSTRUCTIONS, instruct, strip_instruction
 from megatron_nft.prompts import chat_text, load_tokenizer
-from megatron_nft.templates import Template
+from megatron_nft.prompts.instructions import DAPO_AFTER, DAPO_BEFORE, INSTRUCTIONS, instruct, strip_instruction
+from megatron_nft.prompts.templates import Template
 from tests.support import byte_tokenizer
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."

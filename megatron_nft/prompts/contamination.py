@@ -16,9 +16,9 @@ from typing import Any
 
 from megatron_nft.config import BENCHMARKS, Config, DatasetConfig, dataset_name
 from megatron_nft.errors import UserError
-from megatron_nft.instructions import strip_instruction
-from megatron_nft.prompts import distinct_rows
-from megatron_nft.rows import load_rows
+from megatron_nft.prompts.instructions import strip_instruction
+from megatron_nft.prompts.rows import load_rows
+from megatron_nft.prompts.sets import distinct_rows
 
 RUN = 13  # words
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from megatron_nft.config import BENCHMARKS, DatasetConfig
 from megatron_nft.errors import UserError
-from megatron_nft.instructions import strip_instruction
+from megatron_nft.prompts.instructions import strip_instruction
+from megatron_nft.prompts.tables import Wanted, read_table
 from megatron_nft.rewards.boxed import last_boxed
-from megatron_nft.tables import Wanted, read_table
 
 _ABSENT = object()
 _ID_COLUMNS = ("id", "extra_info.index")
