@@ -13,6 +13,11 @@ class UserError(Exception):
         self.problem, self.mend = problem, mend
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def os_error_behind(error: BaseException | None) -> OSError | None:
     """The operating system's error that an error comes from: torch's writers hide it behind one of their own."""
     while error is not None and not isinstance(error, OSError):

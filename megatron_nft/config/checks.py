@@ -39,6 +39,8 @@ def check(config: Config) -> None:
 def _check_dataset(dataset: DatasetConfig, key: str) -> None:
     if not dataset.path:
         raise UserError(f"{key}.path has no value", f"add it, or name a benchmark, or pass {key}.path=...")
+    if "/" in dataset_name(dataset):
+        raise UserError(f"{key}.name is {dataset_name(dataset)!r}", "leave out the slash: the name stands before one in ids and metrics")
     if dataset.limit is not None and dataset.limit < 1:
         raise UserError(f"limit of {dataset.path} is {dataset.limit}", "use 1 or more, or leave it out")
     if dataset.answer_from not in ANSWER_FROM:

@@ -90,7 +90,7 @@ class DataConfig:
     few_shot: str | None = None  # .jsonl, .json or .yaml file of worked examples (question, answer), put as turns before the question
     template: str = "chat"  # chat: the tokenizer's | plain: no markup, for base models | path of a Jinja file
     max_prompt_length: int = 512  # tokens; longer prompts are dropped and counted
-    exclude: str | None = None  # file of prompt ids, one a line, that are not trained on: `megatron-nft contamination --ids` writes it
+    exclude: str | None = None  # file of prompt ids, one a line, left out of data.train: `megatron-nft contamination --ids` writes it
     shuffle: bool = True
     # memory of difficulty: a prompt whose last u groups were uniform is passed over with probability most_skipped x (1 - 2^-u); below 1
     most_skipped: float = 0.0

@@ -3,13 +3,13 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_nft.config import DataConfig, DatasetConfig, dataset_name
-from megatron_nft.errors import UserError
+from megatron_nft.errors import UserError, first_line
 from megatron_nft.prompts.filters import filter_rows, read_excluded
 from megatron_nft.prompts.rows import read_rows
 from megatron_nft.prompts.templates import Template
@@ -70,7 +70,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} has no tokenizer that can be loaded ({_first_line(error)})",
+        raise UserError(f"{path} has no tokenizer that can be loaded ({first_line(error)})",
                         "copy tokenizer.json and tokenizer_config.json of the model into it") from None  # fmt: skip
     return tokenizer
 
@@ -115,11 +115,6 @@ def load_sets(datasets: list[DatasetConfig], tokenizer: "PreTrainedTokenizerBase
     return {dataset_name(dataset): load_prompts([dataset], tokenizer, replace(data, exclude=None)) for dataset in datasets}
 
 
-def chat_text(question: str, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, turns: Sequence[dict] = ()) -> str:
-    """The text that the model continues, as Template.text says; for more than one question load the Template once."""
-    return Template.load(tokenizer, data).text(question, turns)
-
-
 def _prompt(row: dict[str, Any], token_ids: list[int]) -> Prompt:
     return Prompt(f"{row['source']}/{row['id']}", row["question"], row["answer"], tuple(token_ids), row["source"],
                   row.get("alternatives", ()), row.get("reward"))  # fmt: skip
@@ -132,7 +127,3 @@ def _check_names(datasets: list[DatasetConfig]) -> None:
     name, number = Counter(map(dataset_name, datasets)).most_common(1)[0]
     if number > 1:
         raise UserError(f"{number} data sets have the name {name}", "give each its own `name`")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_nft.config import DATA_SUFFIXES, DatasetConfig
-from megatron_nft.errors import UserError
+from megatron_nft.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -94,7 +94,7 @@ def read_parquet(path: Path, columns: Wanted) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches(_BATCH, columns=chosen):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as parquet ({_first_line(error)})", "download or write it again") from None
+        raise UserError(f"{path} cannot be read as parquet ({first_line(error)})", "download or write it again") from None
 
 
 def _read_hub(dataset: DatasetConfig, columns: Wanted) -> Iterator[dict[str, Any]]:
@@ -109,7 +109,7 @@ def _read_hub(dataset: DatasetConfig, columns: Wanted) -> Iterator[dict[str, Any
         for batch in table.with_format("arrow").iter(_BATCH):
             yield from batch.to_pylist()
     except (OSError, ValueError, RuntimeError, exceptions.DatasetsError, pyarrow.ArrowException) as error:
-        raise UserError(f"cannot load the data set {dataset.path}, split {dataset.split} ({_first_line(error)})",
+        raise UserError(f"cannot load the data set {dataset.path}, split {dataset.split} ({first_line(error)})",
                         "check name, subset, split and network, or give a local file") from None  # fmt: skip
 
 
@@ -130,7 +130,3 @@ def _has(schema: "pyarrow.Schema", name: str) -> bool:
             return False
         here = here.field(found).type
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_nft.config import DataConfig
-from megatron_nft.errors import UserError
+from megatron_nft.errors import UserError, first_line
 from megatron_nft.prompts.instructions import instruct
 from megatron_nft.prompts.tables import read_json
 
@@ -62,8 +62,7 @@ class Template:
             return self.tokenizer.apply_chat_template(messages, chat_template=self.jinja, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
-            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"the chat template refuses a conversation of {roles} ({problem})",
+            raise UserError(f"the chat template refuses a conversation of {roles} ({first_line(error)})",
                             "leave data.system unset, or mend the template") from None  # fmt: skip
 
     def _plain(self, messages: list[dict[str, str]]) -> str:

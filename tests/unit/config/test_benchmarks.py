@@ -74,6 +74,7 @@ def test_the_settings_that_are_told_leave_out_the_defaults(write):
         ("sft: {data: [{path: a, rewards: {x: dapo}}]}", "sft.data[0].rewards is set, but sft.data[0].source is not"),
         ("evaluation: {sets: [{path: a, temprature: 1}]}", "did you mean temperature?"),
         ("evaluation: {sets: [{path: a, limit: 0}]}", "limit of a is 0"),
+        ("evaluation: {sets: [{path: a, name: own/a}]}", "evaluation.sets[0].name is 'own/a': leave out the slash"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(write, text, said):

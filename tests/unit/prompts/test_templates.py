@@ -1,12 +1,13 @@
 """Templates: chat, plain and Jinja files; instructions by name; worked examples."""
 
 import json
+from collections.abc import Sequence
 
 import pytest
 
 from megatron_nft.config import DataConfig
 from megatron_nft.errors import UserError
-from megatron_nft.prompts import chat_text, load_tokenizer
+from megatron_nft.prompts import load_tokenizer
 from megatron_nft.prompts.instructions import DAPO_AFTER, DAPO_BEFORE, INSTRUCTIONS, instruct, strip_instruction
 from megatron_nft.prompts.templates import Template
 from tests.support import byte_tokenizer
@@ -17,6 +18,10 @@ BOXED = "Please reason step by step, and put your final answer within \\boxed{}.
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return load_tokenizer(byte_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def chat_text(question: str, tokenizer, data: DataConfig, turns: Sequence[dict] = ()) -> str:
+    return Template.load(tokenizer, data).text(question, turns)
 
 
 def test_earlier_turns_are_kept_and_the_configured_system_turn_wins(tokenizer):
