@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,8 +156,10 @@ def report(config: Config, run: int, share: float, output: Path | None, ids: Pat
     `ids` is given, the ids of the training questions with a share of at least `share` of a problem's runs, for data.exclude."""
     if run < 1 or not 0 <= share <= 1:
         raise UserError(f"--words is {run} and --share {share}", "use 1 or more words, and a share from 0 to 1")
-    found, count = find_contamination(config, run)
     output = output or Path(config.run_dir) / "contamination.json"
+    for path in filter(None, (output, ids)):
+        _check_place(path)
+    found, count = find_contamination(config, run)
     _write(output, json.dumps(_as_json(found, count, run), indent=1, ensure_ascii=False) + "\n")
     print(f"{table(found, run)}\n{count} training questions; all pairs: {output}")
     if ids is not None:
@@ -181,12 +184,19 @@ def _as_json(found: dict[str, Touched], count: int, run: int) -> dict[str, Any]:
 
 def _write(path: Path, text: str) -> None:
     """Complete or not at all."""
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a directory", "name a file")
+    part = path.with_name(path.name + ".part")
     try:
+        _check_place(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
         raise UserError(f"cannot write {path} ({error.strerror})", "name another file") from None
+
+
+def _check_place(path: Path) -> None:
+    """Raise UserError where something else than a file is there: a device would be replaced."""
+    if os.path.exists(path) and not os.path.isfile(path):  # pathlib's own raise for a name that is too long
+        raise UserError(f"cannot write {path}: it is no file", "name a file")

@@ -41,7 +41,7 @@ def read_rows(dataset: DatasetConfig, strip: bool = False) -> Iterator[dict[str,
     questions: dict[str, int] = {}  # a hash of each id's question
     for number, raw in enumerate(read_table(dataset, columns.wanted)):
         row = columns.row(raw, number)
-        key = hash(row["question"])
+        key = hash(" ".join(row["question"].split()))
         if questions.setdefault(row["id"], key) != key:
             raise UserError(f"two questions of {dataset.path} have the id {row['id']!r}", "make the ids unique, or remove the column")
         yield row
@@ -74,7 +74,10 @@ class _Columns:
         if self.dataset.id:
             _column(raw, self.dataset.id, where, "id")
         found = [value for name in self.ids if (value := _reach(raw, name)) is not _ABSENT and value is not None]
-        return _text(found[0], f"the id in {where}") if found else str(number)
+        name = _text(found[0], f"the id in {where}") if found else str(number)
+        if not name.isprintable():
+            raise UserError(f"the id in {where} is {name!r}", "leave out line breaks and other signs that cannot be printed")
+        return name
 
     def _reward(self, raw: dict[str, Any], where: str) -> str | None:
         if not self.dataset.source:
@@ -110,7 +113,7 @@ def _question(value: Any, where: str) -> tuple[str, list[dict[str, str]]]:
     """The question, and the turns before it where the column holds a chat."""
     if not isinstance(value, list):
         return _text(value, where), []
-    if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
+    if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() and isinstance(turn["role"], str) for turn in value):
         raise UserError(f"{where} is a list, but not of {{role, content}}", "let it hold a text, or a chat")
     if not value or value[-1]["role"] != "user":
         raise UserError(f"{where} holds a chat that does not end in a turn of the user", "cut what comes after the question")

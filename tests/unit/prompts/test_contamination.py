@@ -123,7 +123,10 @@ def test_the_sets_of_the_evaluation_are_taken_where_they_are_named(given):
         (["data.train=[]"], "no data set is given"),
         (["--words", "0"], "--words is 0"),
         (["--share", "2"], "--share 2"),
-        (["--output", "."], "cannot write"),
+        (["--output", "."], "cannot write ."),
+        (["--output", "/dev/null"], "cannot write /dev/null: it is no file"),
+        (["--ids", "/dev/null"], "cannot write /dev/null: it is no file"),
+        (["--output", "x" * 300], "cannot write xxx"),
         (["evaluation.sets=[{benchmark: aime24}, {path: aime24}]"], "2 data sets have the name aime24"),
     ],
 )

@@ -110,6 +110,8 @@ def test_a_hub_name_and_a_directory_of_data_go_through_the_datasets_library(tmp_
         ("a.jsonl", b'{"problem": {"text": "q"}, "answer": "1"}\n', {}, "column problem in row 0"),
         ("a.jsonl", b'{"problem": [{"role": "assistant", "content": "q"}], "answer": "1"}\n', {}, "does not end in a turn of the user"),
         ("a.jsonl", b'{"problem": ["q", "r"], "answer": "1"}\n', {}, "not of {role, content}"),
+        ("a.jsonl", b'{"problem": [{"role": {}, "content": "s"}, {"role": "user", "content": "q"}], "answer": "1"}\n', {}, "not of {role"),
+        ("a.jsonl", b'{"id": "a\\nb", "problem": "q", "answer": "1"}\n', {}, "the id in row 0 of"),
         ("a.jsonl", b'{"id": 1, "problem": "q", "answer": "1"}\n{"id": "1", "problem": "r", "answer": "1"}\n', {}, "have the id '1'"),
     ],
 )
