@@ -29,6 +29,13 @@ def best_metric(config: Config) -> str | None:
     return f"validation/{dataset_name(sets[0])}/" + (f"avg@{k}" if k else "greedy")
 
 
+def best_kept(config: Config) -> int:
+    """checkpoint.keep_best, or what is right where it is not set."""
+    settings, evaluation = config.checkpoint, config.evaluation
+    validated = bool(evaluation.sets and evaluation.interval) and settings.interval % evaluation.interval == 0
+    return int(validated) if settings.keep_best is None else settings.keep_best
+
+
 class Saves:
     """All methods are collective. A save that fails is told of and tried again at the next interval: the last good one stays. Only after
     the last one it is an error."""
@@ -73,7 +80,7 @@ class Saves:
     def _prune(self) -> None:
         """Delete what is not kept; what cannot be deleted stays, and is no reason to end a run."""
         try:
-            checkpoint.prune(self.run_dir, self.config.checkpoint.keep, self.config.checkpoint.keep_best)
+            checkpoint.prune(self.run_dir, self.config.checkpoint.keep, best_kept(self.config))
         except OSError as error:
             _log.warning("a checkpoint that is not kept could not be deleted: %s", error)
 
@@ -84,7 +91,7 @@ class Saves:
             raise checkpoint.failed(self.failed)
 
     def _best(self) -> str:
-        if not (self.is_first and self.config.checkpoint.keep_best):
+        if not (self.is_first and best_kept(self.config)):
             return ""
         best = checkpoint.best(self.run_dir, 1)
         return f"; best: {best[0].name}, {self.metric} {checkpoint.score_of(best[0]):.1%}" if best else f"; none has {self.metric} yet"
@@ -93,7 +100,7 @@ class Saves:
 def check(config: Config) -> None:
     """Raise UserError where the best checkpoint is to be kept and nothing could tell which it is."""
     settings, evaluation = config.checkpoint, config.evaluation
-    if not settings.keep_best:
+    if not best_kept(config):
         return
     if not (evaluation.sets and evaluation.interval):
         raise UserError(f"checkpoint.keep_best is {settings.keep_best}, and there is no validation", "name evaluation.sets, or use 0")

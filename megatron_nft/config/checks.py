@@ -5,10 +5,12 @@ import re
 
 from megatron_nft.config import engine, megatron
 from megatron_nft.config.objective import AUTHORS_DAPO, OWN_SETTINGS, POLICY_GRADIENT, PUBLISHED
+from megatron_nft.config.sampling import set_sampling
 from megatron_nft.config.settings import PHASES, Config, DatasetConfig, dataset_name, value_of
 from megatron_nft.errors import UserError
 
 LAST_PORT = 65535  # of TCP
+MOST_ANSWERS = 16384  # to a problem
 ANSWER_FROM = ("plain", "hash", "box")  # where in its column the gold is
 
 
@@ -69,11 +71,17 @@ def _check_evaluation(config: Config) -> None:
             value = getattr(dataset, key)
             if value is not None and not (value >= least and math.isfinite(value)):
                 raise UserError(f"{key} of the set {dataset_name(dataset)} is {value}", f"use a finite number, {least} or more")
+        if set_sampling(config, dataset).k > MOST_ANSWERS:
+            raise UserError(
+                f"k of the set {dataset_name(dataset)} is over {MOST_ANSWERS}", "use less: all requests are in memory at a time"
+            )
         if dataset.top_p is not None and not 0 < dataset.top_p <= 1:
             raise UserError(f"top_p of the set {dataset_name(dataset)} is {dataset.top_p}", "use a number above 0, up to 1")
     name, chosen = config.evaluation.name, config.evaluation.checkpoint
-    if name is not None and (not re.fullmatch(r"\w[\w.+@=-]*", name) or re.fullmatch(r"step_\d+", name)):
-        raise UserError(f"evaluation.name is {name!r}", "use letters, digits and -_.+@=; step_N are the names of a training's validations")
+    if name is not None and (not re.fullmatch(r"\w[\w.+@=-]{,99}", name) or re.fullmatch(r"step_\d+", name)):
+        raise UserError(
+            f"evaluation.name is {name!r}", "use up to 100 letters, digits and -_.+@=; step_N are the names of a training's validations"
+        )
     if not re.fullmatch(r"best|newest|step_\d+", chosen):
         raise UserError(f"evaluation.checkpoint is {chosen!r}", "use best, newest or step_N")
 

@@ -306,7 +306,7 @@ class EvaluationConfig:
 class CheckpointConfig:
     interval: int = 50  # rollout steps; 0: only at the end
     keep: int = 2  # newest checkpoints kept
-    keep_best: int = 0  # best checkpoints kept besides, by best_metric; of equals the newer
+    keep_best: int | None = None  # best ones kept besides, by best_metric; of equals the newer; default: 1 where all are validated, else 0
     best_metric: str | None = None  # a key of metrics.jsonl, the higher the better; default: validation/<first set>/avg@k
     async_save: bool = True  # written while training goes on; false: training waits
     export: bool = True  # at the end, a Hugging Face directory at run_dir/huggingface

@@ -126,6 +126,7 @@ BAD_EVALUATIONS = {
     "evaluation.k=0 evaluation.greedy=false": "greedy is false and k is 0 for the set data",
     "evaluation.sets.0.k=0 evaluation.greedy=false": "greedy is false and k is 0 for the set data",
     "evaluation.sets.0.k=-1": "k of the set data is -1: use a finite number, 0 or more",
+    "evaluation.sets.0.k=1000000000": "k of the set data is over 16384",
     "evaluation.temperature=.nan": "evaluation.temperature is nan",
     "evaluation.sets.0.temperature=.nan": "temperature of the set data is nan",
     "evaluation.sets.0.top_p=0": "top_p of the set data is 0.0",
@@ -134,6 +135,7 @@ BAD_EVALUATIONS = {
     "evaluation.sets=[{benchmark:mathh500}]": "there is no benchmark 'mathh500': did you mean math500?",
     "evaluation.name=step_3": "evaluation.name is 'step_3'",
     "evaluation.name=a/b": "evaluation.name is 'a/b'",
+    f"evaluation.name={'a' * 200}": "evaluation.name is 'aaa",
     "evaluation.checkpoint=last": "use best, newest or step_N",
     "evaluation.sets.0.path=nowhere.jsonl": "no data file at nowhere.jsonl",
 }

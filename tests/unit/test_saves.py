@@ -112,6 +112,18 @@ def test_which_metric_is_the_best_ones(tmp_path):
     assert saves.best_metric(Config(run_dir="")) is None
 
 
+def test_the_best_one_is_kept_by_default_where_all_are_validated(tmp_path):
+    run = run_of(tmp_path, keep=1)
+    for step, score in ((1, 0.5), (2, 0.75), (3, 0.25), (4, 0.5)):
+        run.start({"step": step}, {METRIC: score})
+    run.end()
+    assert kept(tmp_path) == ["step_2", "step_4"]
+    given = config(tmp_path)
+    given.checkpoint.interval = 25
+    saves.check(given)
+    assert saves.best_kept(given) == saves.best_kept(Config(run_dir="")) == 0
+
+
 def test_what_could_not_tell_the_best_is_refused(tmp_path):
     saves.check(Config(run_dir=""))
     given = config(tmp_path, keep_best=1)
