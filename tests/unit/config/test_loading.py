@@ -186,8 +186,7 @@ def test_the_window_holds_the_longest_prompt_and_answer():
 
 @pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*/*.yaml")), ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_the_examples_load(file):
-    overrides = ["evaluation.sets.0.path=given.jsonl"] if file.name == "gsm8k.yaml" else []
-    assert load(file, overrides).run_dir
+    assert load(file).run_dir
 
 
 @pytest.mark.parametrize("key, first", [("objective", "objective.name"), ("objective.correction", "objective.correction.method")])
