@@ -5,20 +5,24 @@ from fractions import Fraction
 
 from megatron_nft.rewards.boxed import NO_ANSWER, boxed, last_boxed, verdict
 from megatron_nft.rewards.functions import best
-from megatron_nft.rewards.tidy import tidy, without_spaces, words
+from megatron_nft.rewards.tidy import tidy, words
 from megatron_nft.trajectories import Verdict
 
 WINDOW = 300_000  # characters at the end of a response in which the box is looked for: more than any real answer has
 LONGEST_BOX = 5000  # characters; a longer one is right only where it is the gold's very text
+LONGEST_CHEAP = 200  # characters of a box or a gold; longer ones are settled under the deadline
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]{1,1000}(?:\.[0-9]{0,1000})?|\.[0-9]{1,1000})")
-_RATIO = re.compile(r"([+-]?)\\[dtc]?frac\{([0-9]{1,1000})\}\{(0*[1-9][0-9]{0,999})\}|([+-]?[0-9]{1,1000})/(0*[1-9][0-9]{0,999})")
+_RATIO = re.compile(r"([+-]?)\\[dtc]?frac\{([+-]?[0-9]{1,1000})\}\{(0*[1-9][0-9]{0,999})\}|([+-]?[0-9]{1,1000})/(0*[1-9][0-9]{0,999})")
 _IN_BASE = re.compile(r"([0-9a-zA-Z]{1,1000})_\{?([0-9]{1,2})\}?")
 _DECORATION = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[,;! ]|(?<=\\)[dtc](?=frac)")
 
 
 def settle_cheaply(response: str, golds: tuple[str, ...]) -> Verdict | tuple[str, tuple[str, ...]]:
     """A verdict where it takes no computer algebra, or else what the symbolic comparison has to judge: the box, and which golds."""
-    verdicts = {gold: compare_plainly(response, gold) for gold in golds}
+    box = last_boxed(response[-WINDOW:])
+    if box and LONGEST_CHEAP < max(len(box), *map(len, golds)):
+        return _settle_by_text(box, golds)
+    verdicts = {gold: compare_plainly(boxed(box or ""), gold) for gold in golds}
     settled = [result for result in verdicts.values() if isinstance(result, Verdict)]
     left = tuple(gold for gold, result in verdicts.items() if isinstance(result, str))
     if settled and (best(settled).score == 1.0 or not left):
@@ -41,6 +45,13 @@ def compare_plainly(response: str, answer: str) -> Verdict | str:
     return boxed(found) if is_equal is None else verdict(is_equal, label(gold if is_equal else found))
 
 
+def _settle_by_text(box: str, golds: tuple[str, ...]) -> Verdict | tuple[str, tuple[str, ...]]:
+    """What is long is settled here only where it is a gold's very text, or too long for more."""
+    plain = strip_dollars(box)
+    is_equal = plain in map(strip_dollars, golds)
+    return verdict(is_equal, plain) if is_equal or len(box) > LONGEST_BOX else (boxed(box), golds)
+
+
 def strip_dollars(text: str) -> str:
     """The text without spaces and dollar signs around it (signs of a sum of money or of TeX's mathematics)."""
     return text.strip().strip("$").strip()
@@ -49,7 +60,7 @@ def strip_dollars(text: str) -> str:
 def label(text: str) -> str:
     """One spelling for an answer that has several: the number where it is a plain one, or the text without decoration."""
     value = _number(text)
-    return without_spaces(_DECORATION.sub("", text)) if value is None else str(value)
+    return words(_DECORATION.sub("", text)) if value is None else str(value)
 
 
 def _compare(found: str, gold: str) -> bool | None:
@@ -70,7 +81,7 @@ def _number(text: str) -> Fraction | None:
     if ratio is None:
         return None
     sign, top, bottom, whole, divisor = ratio.groups()
-    return Fraction(int(sign + top), int(bottom)) if whole is None else Fraction(int(whole), int(divisor))
+    return Fraction(int(top), int(f"{sign}1") * int(bottom)) if whole is None else Fraction(int(whole), int(divisor))
 
 
 def _in_base(text: str) -> int | None:
