@@ -5,6 +5,7 @@ from fractions import Fraction
 
 from megatron_nft.rewards.boxed import NO_ANSWER, boxed, last_boxed, verdict
 from megatron_nft.rewards.functions import best
+from megatron_nft.rewards.hedges import says_another
 from megatron_nft.rewards.tidy import tidy, words
 from megatron_nft.trajectories import Verdict
 
@@ -18,11 +19,16 @@ _DECORATION = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[,;! ]|(?<=\\)[dtc
 
 
 def settle_cheaply(response: str, golds: tuple[str, ...]) -> Verdict | tuple[str, tuple[str, ...]]:
-    """A verdict where it takes no computer algebra, or else what the symbolic comparison has to judge: the box, and which golds."""
+    """A verdict where it takes no computer algebra, or else what the symbolic comparison has to judge: the box, and which golds.
+
+    What is longer than LONGEST_CHEAP is left to it as it is.
+    """
     box = last_boxed(response[-WINDOW:])
-    if box and LONGEST_CHEAP < max(len(box), *map(len, golds)):
-        return _settle_by_text(box, golds)
-    verdicts = {gold: compare_plainly(boxed(box or ""), gold) for gold in golds}
+    if not box:
+        return NO_ANSWER
+    if LONGEST_CHEAP < max(len(box), *map(len, golds)) and len(box) <= LONGEST_BOX:
+        return boxed(box), golds
+    verdicts = {gold: _compare_box(box, gold) for gold in golds}
     settled = [result for result in verdicts.values() if isinstance(result, Verdict)]
     left = tuple(gold for gold, result in verdicts.items() if isinstance(result, str))
     if settled and (best(settled).score == 1.0 or not left):
@@ -36,20 +42,17 @@ def compare_plainly(response: str, answer: str) -> Verdict | str:
     Otherwise the box alone, which is all of the response that the symbolic comparison looks at.
     """
     box = last_boxed(response[-WINDOW:])
-    if not box:
-        return NO_ANSWER
+    return _compare_box(box, answer) if box else NO_ANSWER
+
+
+def _compare_box(box: str, answer: str) -> Verdict | str:
     if len(box) > LONGEST_BOX:
         return verdict(strip_dollars(box) == strip_dollars(answer), box)
     found, gold = tidy(strip_dollars(box)), tidy(strip_dollars(answer))
     is_equal = _compare(found, gold)
+    if is_equal is None and says_another(found, gold):
+        is_equal = False
     return boxed(found) if is_equal is None else verdict(is_equal, label(gold if is_equal else found))
-
-
-def _settle_by_text(box: str, golds: tuple[str, ...]) -> Verdict | tuple[str, tuple[str, ...]]:
-    """What is long is settled here only where it is a gold's very text, or too long for more."""
-    plain = strip_dollars(box)
-    is_equal = plain in map(strip_dollars, golds)
-    return verdict(is_equal, plain) if is_equal or len(box) > LONGEST_BOX else (boxed(box), golds)
 
 
 def strip_dollars(text: str) -> str:
@@ -58,9 +61,14 @@ def strip_dollars(text: str) -> str:
 
 
 def label(text: str) -> str:
-    """One spelling for an answer that has several: the number where it is a plain one, or the text without decoration."""
+    """One spelling for an answer that has several: the number where it is a plain one, or the words without decoration."""
     value = _number(text)
     return words(_DECORATION.sub("", text)) if value is None else str(value)
+
+
+def is_number(text: str) -> bool:
+    """Whether it is a decimal or a fraction of integers."""
+    return _number(text) is not None
 
 
 def _compare(found: str, gold: str) -> bool | None:
