@@ -26,7 +26,7 @@ def settle_cheaply(response: str, golds: tuple[str, ...]) -> Verdict | tuple[str
     box = last_boxed(response[-WINDOW:])
     if not box:
         return NO_ANSWER
-    if LONGEST_CHEAP < max(len(box), *map(len, golds)) and len(box) <= LONGEST_BOX:
+    if max(len(box), *map(len, golds)) > LONGEST_CHEAP and len(box) <= LONGEST_BOX:
         return boxed(box), golds
     verdicts = {gold: _compare_box(box, gold) for gold in golds}
     settled = [result for result in verdicts.values() if isinstance(result, Verdict)]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 _TABLE = {
-    "length": "mm 1/1000, millimeter 1/1000, millimetre 1/1000, cm 1/100, centimeter 1/100, centimetre 1/100, dm 1/10, m 1, meter 1, metre 1,"
-    " km 1000, kilometer 1000, kilometre 1000",
+    "length": "mm 1/1000, millimeter 1/1000, millimetre 1/1000, cm 1/100, centimeter 1/100, centimetre 1/100, dm 1/10, m 1, meter 1,"
+    " metre 1, km 1000, kilometer 1000, kilometre 1000",
     "imperial length": "in 1, inch 1, ft 12, foot 12, feet 12, yd 36, yard 36, mi 63360, mile 63360",
     "time": "ms 1/1000, s 1, sec 1, second 1, min 60, minute 60, h 3600, hr 3600, hour 3600, day 86400, week 604800",
     "mass": "mg 1/1000, g 1, gram 1, kg 1000, kilogram 1000",

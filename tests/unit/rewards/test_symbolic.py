@@ -8,7 +8,6 @@ import pytest
 from megatron_nft.rewards.symbolic import math_verify
 from tests.support import REAL
 
-
 GOLDS = 40 if os.environ.get("MEGATRON_NFT_LONG") == "1" else 10  # of each benchmark
 
 

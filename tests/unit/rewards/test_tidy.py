@@ -137,7 +137,7 @@ PIECES = [" ", ",", "~", "1", "1 ", ", ", "不", "1厘", "{}", r"\text{a}"]
 
 
 def test_no_run_of_characters_takes_long():
-    """Each takes some milliseconds of a processor's time; a pattern that looks at a run again from each of its places, a second and more."""
+    """Each takes some milliseconds of a processor's time; a pattern that looks at a run again from each place in it, a second and more."""
     hostile = [lead + piece * (LONGEST_BOX // len(piece)) + "x" for lead, piece in product(LEADS, PIECES)]
     hostile += ["]" + " " * 2400 + "," * 2400 + "x}", "]" + "," * 4900, "1" + "~" * 2400 + " " * 2400 + "[", "[" + "1," * 2400 + "1]"]
     before = signal.signal(signal.SIGVTALRM, lambda *_: pytest.fail(f"{text[:12]!r} takes too long"))
