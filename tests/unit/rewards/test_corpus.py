@@ -30,8 +30,7 @@ def test_what_would_never_end_is_timed_out_and_the_pool_works_on():
     asked.append((rf"\boxed{{{'(' * 300}1{')' * 300}}}", r"\sqrt2"))  # minutes
     with Judge((), "math_verify", workers=2, time_limit=1) as judge:
         assert {future.result(60).outcome for future in [judge.submit(text, prompt(gold)) for text, gold in asked]} == {"timed_out"}
-        futures = [judge.submit(rf"\boxed{{\sqrt{{{n}}}}}", prompt(r"\sqrt{97}")) for n in range(94, 99)]
-        assert [future.result(60).score for future in futures] == [0, 0, 0, 1, 0]
+        assert judge.submit(r"\boxed{2\sqrt{2}}", prompt(r"\sqrt{8}")).result(60).outcome == "right"
 
 
 def test_the_corpus_is_large_has_no_pair_twice_and_gives_a_reason_for_every_disagreement():
