@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from megatron_nft.rewards import Judge
+from megatron_nft.rewards.prepared import LONGEST_CHEAP
 from megatron_nft.trajectories import Prompt
 from tests.unit.rewards import agreement
 
@@ -28,9 +29,10 @@ def test_what_would_never_end_is_timed_out_and_the_pool_works_on():
     endless = [row for row in ROWS if row.get("endless")]
     asked = [(agreement.response_of(row), row["gold"]) for row in endless]
     asked.append((rf"\boxed{{{'(' * 300}1{')' * 300}}}", r"\sqrt2"))  # minutes
-    with Judge((), "math_verify", workers=2, time_limit=1) as judge:
+    long = "1" * (LONGEST_CHEAP + 1)  # a number, but one that a worker compares
+    with Judge((), "math_verify", workers=2, time_limit=0.4) as judge:
         assert {future.result(60).outcome for future in [judge.submit(text, prompt(gold)) for text, gold in asked]} == {"timed_out"}
-        assert judge.submit(r"\boxed{2\sqrt{2}}", prompt(r"\sqrt{8}")).result(60).outcome == "right"
+        assert judge.submit(rf"\boxed{{{long}}}", prompt(f"{long}.0")).result(60).outcome == "right"
 
 
 def test_the_corpus_is_large_has_no_pair_twice_and_gives_a_reason_for_every_disagreement():
