@@ -5,14 +5,15 @@ import re
 from megatron_nft.trajectories import Verdict
 
 STRICT_WINDOW = 100  # characters at the end of the response in which the published runs look for the box
+LONGEST_FOUND = 2000  # characters kept of the answer that was found
 _BRACE = re.compile(r"\\boxed\{|\\[{}]|[{}]")  # \{ and \} are characters of the answer, not braces
 
 NO_ANSWER = Verdict(0.0, "no_answer")
 
 
 def verdict(is_right: bool, found: str) -> Verdict:
-    """Right or wrong, with the answer that was found."""
-    return Verdict(1.0, "right", found) if is_right else Verdict(0.0, "wrong", found)
+    """Right or wrong, with the answer that was found, or the beginning of a long one."""
+    return Verdict(1.0, "right", found[:LONGEST_FOUND]) if is_right else Verdict(0.0, "wrong", found[:LONGEST_FOUND])
 
 
 def last_boxed(text: str) -> str | None:

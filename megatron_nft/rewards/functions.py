@@ -106,11 +106,11 @@ def as_verdict(result: Verdict | float, name: str) -> Verdict:
         except (TypeError, ValueError):  # an array of several numbers
             raise _out_of_range(result, name) from None
         verdict = Verdict(score, "right" if score >= 0.5 else "wrong")
-    if not (0.0 <= verdict.score <= 1.0 and verdict.outcome in OUTCOMES):
+    if not (0.0 <= verdict.score <= 1.0 and verdict.outcome in OUTCOMES and isinstance(verdict.found, str | None)):
         raise _out_of_range(result, name)
     return verdict
 
 
 def _out_of_range(result: object, name: str) -> UserError:
     return UserError(f"verdict function {name!r} returned {str(result)[:80]!r} ({type(result).__name__})",
-                     "let it return a number from 0 to 1, or a Verdict")  # fmt: skip
+                     "let it return a number from 0 to 1, or a Verdict (score from 0 to 1, outcome, found: a text or None)")  # fmt: skip

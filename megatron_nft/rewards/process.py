@@ -1,5 +1,6 @@
 """The parent's side of a worker process: start it, ask it under a deadline, kill it, start it anew."""
 
+import contextlib
 import json
 import os
 import select
@@ -50,7 +51,8 @@ class Setup:
         )  # fmt: skip
         limit = self.time_limit if overlapping else None
         first = {"functions": self.functions, "memory_limit": self.memory_limit, "time_limit": limit}
-        process.stdin.write(json.dumps(first).encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError):  # it died at once: whoever waits for its first line finds the end of its output
+            process.stdin.write(json.dumps(first).encode() + b"\n")
         return process
 
 

@@ -10,7 +10,7 @@ from math_verify import parse, verify
 from sympy import Expr, UnevaluatedExpr
 
 from megatron_nft.rewards.boxed import NO_ANSWER, boxed, last_boxed, verdict
-from megatron_nft.rewards.prepared import compare_plainly, label, strip_dollars
+from megatron_nft.rewards.prepared import compare_plainly, is_number, label, strip_dollars
 from megatron_nft.rewards.tidy import tidy
 from megatron_nft.rewards.units import in_common_units
 from megatron_nft.trajectories import Verdict
@@ -73,7 +73,7 @@ def _has_mathematics(parsed: tuple) -> bool:
 def _name(text: str, parsed: tuple) -> str:
     r"""A wrong answer's name for the vote: SymPy's spelling, which is one for 2\sqrt2 and 2 \cdot \sqrt{2}."""
     plain = label(text)
-    if plain != text or len(text) > LONGEST_LABEL or not _has_mathematics(parsed):
+    if is_number(text) or len(text) > LONGEST_LABEL or not _has_mathematics(parsed):
         return plain
     try:
         return str(parsed[0])

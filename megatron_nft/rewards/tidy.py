@@ -1,6 +1,11 @@
-r"""Spellings that math-verify does not read, or misreads, rewritten as plain LaTeX. Nothing here changes what an answer is worth."""
+r"""Spellings that math-verify does not read, or misreads, rewritten as plain LaTeX. Nothing here changes what an answer is worth.
+
+The patterns run on what a model wrote: none may look at a run of characters again from each place in it (two `\s*` side by side, or one
+beside a class that holds spaces), and digits that become an integer are bounded, because int() refuses more than 4300.
+"""
 
 import re
+import string
 import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
@@ -16,8 +21,10 @@ _SUPERSCRIPT = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 
 _WORD = r"(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)"
 _WRAPPED = re.compile(rf"\\{_WORD}\s*\{{([^{{}}]*)\}}")
-_SPACE = re.compile(r"(?<![0-9])\s+|\s+(?![0-9])")  # between two digits it means something
+_SPACE = re.compile(r"(?<![0-9]) | (?![0-9])")  # between two digits it means something
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
+_INTEGER = r"(\d{1,300})"
+_AROUND = string.whitespace + "~"
 
 Replacement = str | Callable[[re.Match[str]], str]
 
@@ -34,6 +41,11 @@ def _mixed_percent(match: re.Match[str]) -> str:
     return rf"{sign}\frac{{{int(whole) * int(bottom) + int(top)}}}{{{bottom}}}\%"
 
 
+def _fraction(match: re.Match[str]) -> str:
+    r"""\frac12 in full."""
+    return rf"\{match[1]}{{{match[2] or match[3]}}}{{{match[4] or match[5]}}}"
+
+
 _RULES: list[tuple[re.Pattern[str], Replacement]] = [
     # marks around the answer
     (re.compile(r"^(?:\*\*|`)(.+?)(?:\*\*|`)$"), r"\1"),
@@ -41,20 +53,22 @@ _RULES: list[tuple[re.Pattern[str], Replacement]] = [
     (re.compile(r"\\(?:phantom|hspace\*?|label)\s*\{[^{}]*\}"), ""),
     (re.compile(r"\\(?:textcolor|color)\s*\{[^{}]*\}\s*"), ""),
     (re.compile(r"\\(?:underline|fbox|mathbf|bm|boldsymbol)\s*\{([^{}]*)\}"), r"{\1}"),
-    (re.compile(rf"\\{_WORD}\s*\{{({_NUMBER})(\s+[^{{}}]*)?\}}"), lambda m: m[1] + (rf"\text{{{m[2]}}}" if m[2] else "")),
+    (re.compile(rf"\\{_WORD}\s*\{{({_NUMBER})(\s[^{{}}]*)?\}}"), lambda m: m[1] + (rf"\text{{{m[2]}}}" if m[2] else "")),
     (re.compile(r"\^\s*\{?\\(?:text|mathrm)\{(?:st|nd|rd|th)\}\}?"), ""),
-    (re.compile(r"(?<=[\d})])\s*[\u4e00-\u9fff]+\s*$"), ""),  # a unit in Chinese
-    (re.compile(r"^[=\s~]+|[\s~]+$"), ""),
+    # of "5 or 6" in a \text{} the numbers are mathematics
+    (re.compile(rf"\\{_WORD}\s*\{{\s*(?:({_NUMBER})\s+)?(or|and)\s+({_NUMBER})\s*\}}"), r"\1\\text{ \2 }\3"),
+    (re.compile(r"(?<=[\d})])\s*(?![\u4e00-\u9fff]*[不非无無没沒否错錯或和与與若如])[\u4e00-\u9fff]+$"), ""),  # a unit in Chinese
     (re.compile(r"(?<=[\w})\]])[.,;]$"), ""),
     (re.compile(r"^\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}$"), r"\1"),
     # numbers
     (re.compile(r"(?<=\d)(?:\\[,;! ]|~|\{,\}|,\\!)(?=\d{3}(?!\d))"), ""),
     (re.compile(r"^(-?\d{1,3})((?: \d{3})+)$"), lambda m: m[1] + m[2].replace(" ", "")),
     (re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])"), r"\1 \\times 10^{\2}"),
-    (re.compile(r"(?<![\w.])(\d*)\.(\d*)\\overline\s*\{(\d+)\}"), _repeating),
+    (re.compile(r"(?<![\w.])(\d{0,300})\.(\d{0,300})\\overline\s*\{(\d{1,300})\}"), _repeating),
     (re.compile(r"(?<![\w./])(\d+) +(\d+)/(\d+)(?![\w.])"), r"\1\\frac{\2}{\3}"),
-    (re.compile(r"^(-?)(\d+)\s*\\[dt]?frac\{(\d+)\}\{(\d+)\}\s*\\?%$"), _mixed_percent),
-    (re.compile(r"\\(sin|cos|tan|cot|sec|csc)\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\s*\{?\\circ\}?\s*[)}]?"), r"\\\1(\\frac{\2\\pi}{180})"),
+    (re.compile(rf"\\([dtc]?frac) ?(?:\{{{_INTEGER}\}}|(\d)) ?(?:\{{{_INTEGER}\}}|(\d))"), _fraction),
+    (re.compile(rf"^(-?){_INTEGER}\s*\\[dt]?frac\{{{_INTEGER}\}}\{{{_INTEGER}\}}\s*\\?%$"), _mixed_percent),
+    (re.compile(r"\\(sin|cos|tan|cot|sec|csc)\s*(?:[({]\s*)?(\d+(?:\.\d+)?)\s*\^\s*\{?\\circ\}?\s*[)}]?"), r"\\\1(\\frac{\2\\pi}{180})"),
     # commands
     (re.compile(r"(?<![\\a-zA-Z])([dt]?frac|sqrt)(?=\{)"), r"\\\1"),
     (re.compile(r"\\sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
@@ -64,22 +78,28 @@ _RULES: list[tuple[re.Pattern[str], Replacement]] = [
     (re.compile(r"\\(?:left)?\\?langle(?![a-zA-Z])"), "("),
     (re.compile(r"\\(?:right)?\\?rangle(?![a-zA-Z])"), ")"),
     (re.compile(rf"^(?:\\{_WORD}\s*\{{)?\s*no (?:real )?solutions?\s*\}}?$", re.IGNORECASE), r"\\emptyset"),
-    # intervals as they are written in France
-    (re.compile(r"^\]\s*([^\[\]]+,[^\[\]]+)\[$"), r"(\1)"),
-    (re.compile(r"^\]\s*([^\[\]]+,[^\[\]]+)\]$"), r"(\1]"),
-    (re.compile(r"^\[\s*([^\[\]]+,[^\[\]]+)\[$"), r"[\1)"),
 ]
 
 
 @lru_cache(4096)
 def tidy(text: str) -> str:
     """The answer in the spelling that math-verify reads; most answers are in it already and come back as they are."""
-    text = text.strip()
-    if not text.isascii():
-        text = _to_ascii(text)
+    text = _bare(text if text.isascii() else _to_ascii(text))
     for pattern, by in _RULES:
-        text = pattern.sub(by, text)
-    return text.strip()
+        text = _bare(pattern.sub(by, text))
+    return _interval(text)
+
+
+def _bare(text: str) -> str:
+    return text.strip(_AROUND).lstrip("=" + _AROUND)
+
+
+def _interval(text: str) -> str:
+    """An interval as it is written in France: ]2,5[ is open."""
+    inner = text[1:-1]
+    if text[:1] + text[-1:] not in ("][", "]]", "[[") or inner.count(",") != 1 or "[" in inner or "]" in inner:
+        return text
+    return ("(" if text[0] == "]" else "[") + inner.strip() + (")" if text[-1] == "[" else "]")
 
 
 def words(text: str) -> str:
@@ -90,7 +110,7 @@ def words(text: str) -> str:
 
 def without_spaces(text: str) -> str:
     """1 2 stays what it is."""
-    return _SPACE.sub("", text.strip())
+    return _SPACE.sub("", " ".join(text.split()))
 
 
 def _to_ascii(text: str) -> str:

@@ -16,11 +16,11 @@ from dataclasses import asdict
 from typing import TextIO
 
 from megatron_nft.errors import UserError
+from megatron_nft.rewards.boxed import LONGEST_FOUND
 from megatron_nft.rewards.functions import Kind, VerdictFunction, as_verdict, best, kind_of, resolve
 from megatron_nft.stopping import leave_to_parent
 from megatron_nft.trajectories import Verdict
 
-LONGEST_FOUND = 2000  # characters kept of the answer that a function found
 _PR_SET_PDEATHSIG = 1
 
 Loaded = dict[str, tuple[VerdictFunction, Kind]]
@@ -67,11 +67,11 @@ def _judge(loaded: Loaded, call: dict) -> dict:
             verdicts.append(as_verdict(function(call["response"], answer, **extra), call["function"]))
             if verdicts[-1].score == 1.0:
                 break
+        return judged(best(verdicts))
     except UserError as error:
         return user_error(error)
     except Exception as error:  # noqa: BLE001 - whatever the verdict function raises
         return crashed(error)
-    return judged(best(verdicts))
 
 
 def judged(verdict: Verdict) -> dict:

@@ -47,7 +47,7 @@ async def remote(response, answer, prompt):
     if what == "late":
         raise TimeoutError("of its own")
     if what == "slow":
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.1)
     if what == "bad":
         return 1.5
     if what == "once":
@@ -79,7 +79,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judge(path):
-    with Judge((), f"{path}:remote", workers=1, time_limit=1, concurrency=8) as judge:
+    with Judge((), f"{path}:remote", workers=1, time_limit=0.7, concurrency=8) as judge:
         yield judge
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from megatron_nft.rewards import Judge
+from megatron_nft.rewards.prepared import LONGEST_CHEAP
 from megatron_nft.trajectories import Prompt
 from tests.unit.rewards import agreement
 
@@ -20,11 +21,18 @@ def test_exactly_the_known_disagreements(judge, category):
     assert differing.keys() == {row["id"] for row in own if judge in row["differs"]}, differing
 
 
-def test_what_would_never_end_is_timed_out():
+def prompt(gold):
+    return Prompt("1", "q", gold, (), "s")
+
+
+def test_what_would_never_end_is_timed_out_and_the_pool_works_on():
     endless = [row for row in ROWS if row.get("endless")]
-    with Judge((), "math_verify", workers=2, time_limit=1) as judge:
-        futures = [judge.submit(agreement.response_of(row), Prompt(row["id"], "q", row["gold"], (), "s")) for row in endless]
-        assert {future.result(60).outcome for future in futures} == {"timed_out"}
+    asked = [(agreement.response_of(row), row["gold"]) for row in endless]
+    asked.append((rf"\boxed{{{'(' * 300}1{')' * 300}}}", r"\sqrt2"))  # minutes
+    long = "1" * (LONGEST_CHEAP + 1)  # a number, but one that a worker compares
+    with Judge((), "math_verify", workers=2, time_limit=0.4) as judge:
+        assert {future.result(60).outcome for future in [judge.submit(text, prompt(gold)) for text, gold in asked]} == {"timed_out"}
+        assert judge.submit(rf"\boxed{{{long}}}", prompt(f"{long}.0")).result(60).outcome == "right"
 
 
 def test_the_corpus_is_large_has_no_pair_twice_and_gives_a_reason_for_every_disagreement():
@@ -32,7 +40,7 @@ def test_the_corpus_is_large_has_no_pair_twice_and_gives_a_reason_for_every_disa
     assert len(pairs) == len(ROWS) >= 300 and len({row["id"] for row in ROWS}) == len(ROWS)
     assert all(row["verdict"] in ("right", "wrong") and row["differs"].keys() <= set(agreement.JUDGES) for row in ROWS)
     assert all(reason for row in ROWS for reason in row["differs"].values())
-    assert sum("math_verify" in row["differs"] for row in ROWS) == 15
+    assert sum("math_verify" in row["differs"] for row in ROWS) == 16
     assert {row["verdict"] for row in ROWS if row.get("endless")} == {"wrong"}  # a time-out scores 0, so it agrees
 
 

@@ -45,7 +45,7 @@ def test_results():
     assert as_verdict(1, "f") == as_verdict(True, "f") == Verdict(1.0, "right")
     assert as_verdict(numpy.float32(0.25), "f") == Verdict(0.25, "wrong")
     assert as_verdict(Verdict(0.0, "no_answer"), "f") == Verdict(0.0, "no_answer")
-    for bad in (1.5, -0.1, float("nan"), None, "1.0", Verdict(2.0, "right"), Verdict(1.0, "splendid")):
+    for bad in (1.5, -0.1, float("nan"), None, "1.0", Verdict(2.0, "right"), Verdict(1.0, "splendid"), Verdict(1.0, "right", 5)):
         with pytest.raises(UserError, match="verdict function 'f' returned"):
             as_verdict(bad, "f")
 

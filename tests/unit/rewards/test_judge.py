@@ -18,6 +18,8 @@ from megatron_nft.trajectories import Prompt
 USER = """
 import os, subprocess, sys, time
 
+from megatron_nft.trajectories import Verdict
+
 def score(response, answer):
     print("a function may print")
     if response == "sleep":
@@ -32,6 +34,8 @@ def score(response, answer):
         child = subprocess.Popen(["sleep", "60"])
         open(answer, "w").write(str(child.pid))
         time.sleep(60)
+    if response == "found":
+        return Verdict(1.0, "right", 5)
     if response == "read":
         return float(sys.stdin.read() == "")
     if response == "memory":
@@ -60,7 +64,14 @@ def user_function(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judge(user_function):
-    with Judge({"math_verify", "strict_box"}, user_function, workers=2, time_limit=1) as judge:
+    with Judge({"math_verify", "strict_box"}, user_function, workers=1, time_limit=30) as judge:
+        yield judge
+
+
+@pytest.fixture(scope="module")
+def hasty(user_function):
+    """Its workers are light, so that those that are killed are soon replaced."""
+    with Judge((), user_function, workers=2, time_limit=1) as judge:
         yield judge
 
 
@@ -111,57 +122,51 @@ def test_any_of_several_golds_is_right(judge, function, response):
     assert judge.submit(response, prompt("8", function, r"\sqrt2", "9")).result(30).outcome == "wrong"
 
 
-def test_a_bomb_is_killed_at_the_limit_and_the_pool_works_on(judge):  # more of them in test_corpus.py
-    bomb = rf"\boxed{{{'(' * 300}1{')' * 300}}}"
-    assert outcome(judge, bomb, r"\frac12", "math_verify") == "timed_out"  # after 1 s, of the minutes it would take
-    futures = [judge.submit(rf"\boxed{{\frac{{{n}}}{{97}}}}", prompt(r"\frac{3}{97}", "math_verify")) for n in range(8)]
-    assert [future.result(30).score for future in futures] == [0, 0, 0, 1, 0, 0, 0, 0]
-
-
-def test_a_function_that_sleeps_dies_leaves_or_raises_costs_one_answer_each(judge, caplog):
-    judge.take_counts()
-    futures = {name: judge.submit(name, prompt()) for name in ("sleep", "die", "leave", "raise", "1", "0")}
+def test_a_function_that_sleeps_dies_leaves_or_raises_costs_one_answer_each(hasty, caplog):
+    hasty.take_counts()
+    futures = {name: hasty.submit(name, prompt()) for name in ("sleep", "die", "leave", "raise", "1", "0")}
     wait(futures.values(), timeout=30)
     assert {name: future.result().outcome for name, future in futures.items()} == {
         "sleep": "timed_out", "die": "crashed", "leave": "crashed", "raise": "crashed", "1": "right", "0": "wrong",
     }  # fmt: skip
     assert all(future.result().score == 0 for name, future in futures.items() if name != "1")
-    assert judge.take_counts() == {"right": 1, "wrong": 1, "no_answer": 0, "timed_out": 1, "crashed": 3}
-    assert judge.take_counts() == dict.fromkeys(judge.counts, 0)
+    assert hasty.take_counts() == {"right": 1, "wrong": 1, "no_answer": 0, "timed_out": 1, "crashed": 3}
+    assert hasty.take_counts() == dict.fromkeys(hasty.counts, 0)
     assert len([record for record in caplog.records if "crashed" in record.getMessage()]) <= 1  # said once, then only counted
 
 
-def test_the_first_crash_says_where(user_function, caplog):
-    with Judge((), user_function, workers=1, time_limit=5) as judge:
-        assert outcome(judge, "raise") == "crashed"
+def test_the_first_crash_says_where(judge, caplog):
+    judge._reported.clear()
+    assert outcome(judge, "raise") == "crashed"
     assert "ValueError: no good" in caplog.text and "mine.py:" in caplog.text
 
 
-def test_what_the_function_started_is_killed_with_it(judge, tmp_path):
+def test_what_the_function_started_is_killed_with_it(hasty, tmp_path):
     note = tmp_path / "pid"
-    assert outcome(judge, "child", str(note)) == "timed_out"
+    assert outcome(hasty, "child", str(note)) == "timed_out"
     assert ends_within(int(note.read_text()), 5)
 
 
 def test_a_number_outside_0_to_1_is_a_user_error(judge):
     with pytest.raises(UserError, match=r"returned '1.5' .float.: let it return a number from 0 to 1"):
         judge.submit("1.5", prompt()).result(30)
+    with pytest.raises(UserError, match="found: a text or None"):
+        judge.submit("found", prompt()).result(30)
     assert outcome(judge, "1") == "right"
 
 
-def test_a_worker_is_light_bounded_in_memory_and_cut_off_from_the_input(judge, user_function):
-    assert outcome(judge, "read") == "right"
-    assert outcome(judge, "memory") == "crashed"
-    with Judge((), user_function, workers=1, time_limit=5) as light:
-        assert outcome(light, "modules") == "right"
+def test_a_worker_is_light_bounded_in_memory_and_cut_off_from_the_input(hasty):
+    assert outcome(hasty, "read") == "right"
+    assert outcome(hasty, "memory") == "crashed"
+    assert outcome(hasty, "modules") == "right"
 
 
-def test_equal_answers_are_judged_once_and_counted_each_time(user_function, tmp_path):
+def test_equal_answers_are_judged_once_and_counted_each_time(hasty, tmp_path):
     note = tmp_path / "calls"
-    with Judge((), user_function, workers=2, time_limit=5) as judge:
-        futures = [judge.submit("once", prompt(str(note))) for _ in range(20)]
-        assert {future.result(30).score for future in futures} == {1.0}
-        assert judge.take_counts()["right"] == 20
+    hasty.take_counts()
+    futures = [hasty.submit("once", prompt(str(note))) for _ in range(20)]
+    assert {future.result(30).score for future in futures} == {1.0}
+    assert hasty.take_counts()["right"] == 20
     assert note.read_text() == "x"
 
 
@@ -192,7 +197,7 @@ def test_strict_box_and_the_answer_line_need_no_worker():
 
 def test_a_name_that_does_not_resolve_is_a_user_error_at_construction(user_function):
     with pytest.raises(UserError, match="has no function best"):
-        Judge({user_function.replace(":score", ":best")}, "strict_box", workers=2, time_limit=2)
+        Judge({user_function.replace(":score", ":best")}, "strict_box", workers=1, time_limit=2)
     with pytest.raises(UserError, match="there is no verdict function 'boxed'"):
         Judge((), "boxed", workers=1, time_limit=2)
 
@@ -214,6 +219,19 @@ def test_a_worker_killed_while_idle_is_replaced(user_function):
         os.kill(judge._workers[0]._process.pid, signal.SIGKILL)
         judge._workers[0]._process.wait()
         assert outcome(judge, "1") == "right"
+
+
+def test_a_worker_that_dies_before_it_is_told_what_to_do_is_a_user_error(user_function, monkeypatch):
+    start = subprocess.Popen
+
+    def dead(command, **options):
+        process = start(["false"], **options)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, so its input is a broken pipe
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", dead)
+    with pytest.raises(UserError, match="loading the verdict functions .* failed .the worker process ended with exit status 1"):
+        Judge((), user_function, workers=1, time_limit=2)
 
 
 def test_workers_die_with_a_parent_that_is_killed(user_function):
