@@ -5,9 +5,9 @@ import re
 _TEXT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}"
 _WORDS = (
     "not", "isn't", "is", "are", "if", "unless", "otherwise", "but", "except", "wrong", "false", "incorrect", "never", "than", "least",
-    "most",
+    "most", "hundred", "thousand", "million", "billion", "trillion", "dozen",
 )  # fmt: skip
-_NO_VALUE = re.compile(rf"(?<![a-zA-Z\\])(?:{'|'.join(_WORDS)})(?![a-zA-Z])|[不非无無没沒否错錯若如]", re.IGNORECASE)
+_NO_VALUE = re.compile(rf"(?<![a-zA-Z\\])(?:{'|'.join(_WORDS)})(?![a-zA-Z])|[不非无無没沒否错錯若如百千万萬亿億]", re.IGNORECASE)
 _JOINED = re.compile(r"(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])|\\(?:lor|vee|land|wedge)(?![a-zA-Z])|[或和与與;]", re.IGNORECASE)
 _RELATION = re.compile(r"\\(?:neq?|neg|lnot|not|[lg]t|[lg]eq?|[lg]eqslant)(?![a-zA-Z])|[<>]")
 _RELATION_WITH_EQUALS = re.compile(r"(?:\\not\s?|[<>!/])=")

@@ -30,7 +30,7 @@ def test_what_would_never_end_is_timed_out_and_the_pool_works_on():
     asked = [(agreement.response_of(row), row["gold"]) for row in endless]
     asked.append((rf"\boxed{{{'(' * 300}1{')' * 300}}}", r"\sqrt2"))  # minutes
     long = "1" * (LONGEST_CHEAP + 1)  # a number, but one that a worker compares
-    with Judge((), "math_verify", workers=2, time_limit=0.4) as judge:
+    with Judge((), "math_verify", workers=2, time_limit=0.8) as judge:
         assert {future.result(60).outcome for future in [judge.submit(text, prompt(gold)) for text, gold in asked]} == {"timed_out"}
         assert judge.submit(rf"\boxed{{{long}}}", prompt(f"{long}.0")).result(60).outcome == "right"
 
@@ -40,7 +40,7 @@ def test_the_corpus_is_large_has_no_pair_twice_and_gives_a_reason_for_every_disa
     assert len(pairs) == len(ROWS) >= 300 and len({row["id"] for row in ROWS}) == len(ROWS)
     assert all(row["verdict"] in ("right", "wrong") and row["differs"].keys() <= set(agreement.JUDGES) for row in ROWS)
     assert all(reason for row in ROWS for reason in row["differs"].values())
-    assert sum("math_verify" in row["differs"] for row in ROWS) == 16
+    assert sum("math_verify" in row["differs"] for row in ROWS) == 19
     assert {row["verdict"] for row in ROWS if row.get("endless")} == {"wrong"}  # a time-out scores 0, so it agrees
 
 
