@@ -62,7 +62,6 @@ def parser() -> argparse.ArgumentParser:
         if name in ("train", "sft"):
             command.set_defaults(goes_on="; the same command goes on from the newest checkpoint")
         if name == "evaluate":
-            command.set_defaults(goes_on="; the same command goes on after the problems that are answered")
             text = "judge the saved answers of an evaluation again, without a model"
             command.add_argument("--rejudge", metavar="NAME", nargs="?", const="", help=text)
         if name == "train":
@@ -126,7 +125,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
         print(rejudge(settings, name or None), flush=True)
         return
-    with StopRequest(settings.checkpoint.grace_time) as stop:
+    goes_on = f"{'' if settings.resume else 'with resume=true '}the same command goes on after the problems that are answered"
+    arguments.goes_on = f"; {goes_on}"
+    with StopRequest(settings.checkpoint.grace_time, goes_on) as stop:
         _evaluate_model(settings, stop)
 
 

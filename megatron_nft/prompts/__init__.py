@@ -6,9 +6,9 @@ text around a question. sets: all of it together. cursor: where training stands.
 
 from megatron_nft.prompts.cursor import Cursor
 from megatron_nft.prompts.rows import load_rows
-from megatron_nft.prompts.sets import PromptSet, chat_text, distinct_rows, load_prompts, load_sets, load_tokenizer
+from megatron_nft.prompts.sets import PromptSet, distinct_rows, load_prompts, load_sets, load_tokenizer
 from megatron_nft.prompts.templates import Template
 
 __all__ = [
-    "Cursor", "PromptSet", "Template", "chat_text", "distinct_rows", "load_prompts", "load_rows", "load_sets", "load_tokenizer",
+    "Cursor", "PromptSet", "Template", "distinct_rows", "load_prompts", "load_rows", "load_sets", "load_tokenizer",
 ]  # fmt: skip

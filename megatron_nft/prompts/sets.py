@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,11 +113,6 @@ def load_sets(datasets: list[DatasetConfig], tokenizer: "PreTrainedTokenizerBase
     if datasets:
         _check_names(datasets)
     return {dataset_name(dataset): load_prompts([dataset], tokenizer, replace(data, exclude=None)) for dataset in datasets}
-
-
-def chat_text(question: str, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, turns: Sequence[dict] = ()) -> str:
-    """The text that the model continues, as Template.text says; for more than one question load the Template once."""
-    return Template.load(tokenizer, data).text(question, turns)
 
 
 def _prompt(row: dict[str, Any], token_ids: list[int]) -> Prompt:
