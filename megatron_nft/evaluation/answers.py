@@ -111,9 +111,14 @@ def read_settings(directory: Path) -> dict:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"no answers at {directory}", "give the name of an evaluation of this run_dir") from None
+        raise nothing_at(directory) from None
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error})", f"remove {directory}, or use resume=false") from None
+
+
+def nothing_at(directory: Path) -> UserError:
+    """For a name that no evaluation has."""
+    return UserError(f"no answers at {directory}", "give the name of an evaluation of this run_dir")
 
 
 def differences(before: dict, now: dict) -> list[str]:

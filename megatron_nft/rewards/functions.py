@@ -81,9 +81,11 @@ def load_function(name: str, what: str, arguments: tuple[str, ...], mend: str, o
 def code_of(name: str) -> str | None:
     """A hash of the file that holds the function of that name, where it is a user's; None where it is none, or the file is not found."""
     where, colon, _ = name.rpartition(":")
+    if not colon:
+        return None
     try:
-        file = where if where.endswith(".py") or not colon else importlib.util.find_spec(where).origin
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] if colon else None
+        file = where if where.endswith(".py") else importlib.util.find_spec(where).origin
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
     except (ImportError, AttributeError, TypeError, ValueError, OSError):  # told by `resolve` where the function is wanted
         return None
 

@@ -8,7 +8,7 @@ import pytest
 from megatron_nft.errors import UserError
 from megatron_nft.evaluation import answers as kept
 from megatron_nft.evaluation.answers import Answers
-from megatron_nft.evaluation.files import free_name
+from megatron_nft.evaluation.files import free_names
 from megatron_nft.trajectories import Prompt, Response, Verdict
 
 SETTINGS = {
@@ -27,17 +27,17 @@ def response(text: str = "x") -> Response:
 
 
 def fill(directory, position: int, number: int = 2, engine: int = 0) -> None:
-    answers = Answers(directory, WANTED, engine)
+    answers = Answers(directory, engine=engine)
     answers.add(("a", position), Prompt(f"a/{position}", "q?", "7", (), "a", ("8",)), {"sampled": [response() for _ in range(number)]})
     answers.flush()
 
 
 def test_the_same_settings_go_on(tmp_path):
     directory = tmp_path / "m.answers"
-    kept.begin(directory, SETTINGS, resume=True, first=True)
-    kept.begin(directory, changed(model="moved"), resume=True, first=True)
+    kept.begin(directory, SETTINGS, WANTED, True)
+    kept.begin(directory, changed(model="moved"), WANTED, True)
     only = changed(sets={"b": SETTINGS["sets"]["b"], "c": {"k": 9}})  # a set less and one more
-    kept.begin(directory, only, resume=True, first=True)
+    kept.begin(directory, only, WANTED, True)
     assert kept.read_settings(directory)["sets"].keys() == {"a", "b", "c"}
 
 
@@ -52,21 +52,21 @@ def test_the_same_settings_go_on(tmp_path):
 )
 def test_others_are_refused_or_begin_anew(now, said, tmp_path):
     directory = tmp_path / "m.answers"
-    kept.begin(directory, SETTINGS, resume=True, first=True)
+    kept.begin(directory, SETTINGS, WANTED, True)
     fill(directory, 0)
     with pytest.raises(UserError, match=said) as caught:
-        kept.begin(directory, now, resume=True, first=True)
-    assert "resume=false" in str(caught.value) and Answers(directory, WANTED).done == {("a", 0)}
-    kept.begin(directory, now, resume=False, first=True)
+        kept.begin(directory, now, WANTED, True)
+    assert "resume=false" in str(caught.value) and kept.known(directory, WANTED).done == {("a", 0)}
+    kept.begin(directory, now, WANTED, False)
     assert not kept.files(directory) and kept.read_settings(directory) == now
-    assert Answers(tmp_path / "m.answers.1", WANTED).done == {("a", 0)}  # nothing is lost
+    assert kept.known(tmp_path / "m.answers.1", WANTED).done == {("a", 0)}  # nothing is lost
 
 
 def test_damaged_settings_are_one_line(tmp_path):
-    kept.begin(tmp_path, SETTINGS, resume=True, first=True)
+    kept.begin(tmp_path, SETTINGS, WANTED, True)
     (tmp_path / "settings.json").write_text('{"seed": ')
     with pytest.raises(UserError, match="settings.json is damaged"):
-        kept.begin(tmp_path, SETTINGS, resume=True, first=True)
+        kept.begin(tmp_path, SETTINGS, WANTED, True)
     with pytest.raises(UserError, match="no answers at"):
         kept.read_settings(tmp_path / "nowhere")
 
@@ -76,7 +76,7 @@ def test_engines_write_files_of_their_own_and_a_problem_counts_once(tmp_path):
     fill(tmp_path, 0, engine=1)  # the same problem again
     fill(tmp_path, 1, number=1)  # not all of its answers
     assert [file.name for file in kept.files(tmp_path)] == ["part-0-00000.parquet", "part-0-00001.parquet", "part-1-00000.parquet"]
-    answers = Answers(tmp_path, WANTED)
+    answers = kept.known(tmp_path, WANTED)
     assert answers.done == {("a", 0)} and [(one.position, one.scores) for one in answers.told] == [(0, (1.0, 1.0))]
 
 
@@ -88,11 +88,11 @@ def test_a_damaged_file_is_passed_over(damage, tmp_path, caplog):
     content = file.read_bytes()
     file.write_bytes({"cut": content[:-20], "empty": b"", "other": b"PAR1" + b"x" * 60 + b"PAR1"}[damage])
     with caplog.at_level(logging.WARNING):
-        assert Answers(tmp_path, WANTED).done == {("a", 1)}
+        assert kept.known(tmp_path, WANTED).done == {("a", 1)}
     assert "part-0-00000.parquet, which is damaged" in caplog.text
     fill(tmp_path, 0)
     caplog.clear()
-    assert Answers(tmp_path, WANTED).done == {("a", 0), ("a", 1)} and not caplog.text  # told once
+    assert kept.known(tmp_path, WANTED).done == {("a", 0), ("a", 1)} and not caplog.text  # told once
     assert {file.name for file in tmp_path.iterdir()} >= {"part-0-00000.parquet.damaged", "part-0-00002.parquet"}
 
 
@@ -106,4 +106,4 @@ def test_what_is_read_is_what_was_written(tmp_path):
 def test_free_names(tmp_path):
     (tmp_path / "m.json").write_text(json.dumps({}))
     (tmp_path / "m.json.1").write_text("")
-    assert free_name(tmp_path / "m.json") == tmp_path / "m.json.2"
+    assert free_names(tmp_path / "m.json", tmp_path / "m.md") == [tmp_path / "m.json.2", tmp_path / "m.md.2"]

@@ -106,23 +106,23 @@ def test_stopped_and_gone_on_is_never_stopped(after, every, judge, tmp_path):
             raise Stopped("asked")
 
     with pytest.raises(Stopped):
-        run(FakeEngine(K + 1), judge, on_finish=stop, answers=Answers(tmp_path, WANTED, every=every))
-    there = Answers(tmp_path, WANTED).done
+        run(FakeEngine(K + 1), judge, on_finish=stop, answers=Answers(tmp_path, every=every))
+    there = kept.known(tmp_path, WANTED).done
     assert len(there) <= after / (K + 1) and (after < 30 or there)
 
     def go_on(engine: FakeEngine):
-        return run(engine, judge, answers=Answers(tmp_path, WANTED, engine.index, every)).summary, engine.requests
+        return run(engine, judge, answers=Answers(tmp_path, kept.known(tmp_path, WANTED), engine.index, every)).summary, engine.requests
 
     parts = on_ranks(2, K + 1, go_on)
     assert all(summary == expected for summary, _ in parts)
     assert sum(len(asked) for _, asked in parts) == (K + 1) * (11 - len(there))
-    assert Answers(tmp_path, WANTED).done == WANTED.keys()
+    assert kept.known(tmp_path, WANTED).done == WANTED.keys()
     engine = FakeEngine(K + 1)
-    assert run(engine, judge, answers=Answers(tmp_path, WANTED)).summary == expected and not engine.requests
+    assert run(engine, judge, answers=Answers(tmp_path, kept.known(tmp_path, WANTED))).summary == expected and not engine.requests
 
 
 def test_the_saved_answers_are_all_that_was_said(judge, tmp_path):
-    run(FakeEngine(K + 1), judge, answers=Answers(tmp_path, WANTED))
+    run(FakeEngine(K + 1), judge, answers=Answers(tmp_path))
     rows = [row for file in kept.files(tmp_path) for row in kept.read(file)]
     assert len(rows) == (K + 1) * 11 and {row["kind"] for row in rows} == {"greedy", "sampled"}
     assert all(row["length"] == len(row["tokens"]) > 0 and row["response"].startswith("\\boxed{") and row["outcome"] for row in rows)

@@ -38,10 +38,10 @@ def config_of(run_dir: Path) -> Config:
 def evaluated(run_dir: Path, name: str = "m") -> dict:
     """As `megatron-nft evaluate` does it, but for the engine."""
     config, directory = config_of(run_dir), kept.directory_of(run_dir, name)
-    kept.begin(directory, settings_of(SETS, config, Source(MODEL, MODEL, name), "fp32"), True, True)
     wanted = {problem.key: problem.sampling.answers for problem in all_problems(SETS, config)}
+    known = kept.begin(directory, settings_of(SETS, config, Source(MODEL, MODEL, name), "fp32", 99), wanted, True)
     with Judge({}, "strict_box", 1, 1) as judge:
-        summary = evaluate(FakeEngine(3), judge, SETS, config, str(MODEL), answers=Answers(directory, wanted)).summary
+        summary = evaluate(FakeEngine(3), judge, SETS, config, str(MODEL), answers=Answers(directory, known)).summary
     publish(run_dir, name, summary)
     return summary
 
