@@ -125,10 +125,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
         print(rejudge(settings, name or None), flush=True)
         return
-    goes_on = f"{'' if settings.resume else 'with resume=true '}the same command goes on after the problems that are answered"
-    arguments.goes_on = f"; {goes_on}"
-    with StopRequest(settings.checkpoint.grace_time, goes_on) as stop:
+    arguments.goes_on = f"; {goes_on(settings.resume)}"
+    with StopRequest(settings.checkpoint.grace_time, goes_on(settings.resume)) as stop:
         _evaluate_model(settings, stop)
+
+
+def goes_on(resume: bool) -> str:
+    """What is said of an evaluation that is stopped: one that begins anew each time would never end."""
+    return f"{'' if resume else 'with resume=true '}the same command goes on after the problems that are answered"
 
 
 def _evaluate_model(settings: config.Config, stop: StopRequest) -> None:

@@ -1,6 +1,7 @@
 """An evaluation on fake engines: accuracies, seeds, sets with settings of their own. Neither the layout nor a stop changes anything."""
 
 import json
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,12 @@ from megatron_nft.config import Config, EvaluationConfig, EvaluationSetConfig, R
 from megatron_nft.errors import UserError
 from megatron_nft.evaluation import answers as kept
 from megatron_nft.evaluation.answers import Answers
-from megatron_nft.evaluation.evaluate import answers_expected, evaluate, write_results
+from megatron_nft.evaluation.evaluate import answers_expected, evaluate, summarise, write_results
 from megatron_nft.evaluation.problems import all_problems, check, requests
 from megatron_nft.prompts import PromptSet
 from megatron_nft.rewards import Judge
 from megatron_nft.stopping import Stopped
+from megatron_nft.trajectories import Verdict
 from tests.unit.rollout.fakes import CHANCE, MIXED, RIGHT, WRONG, FakeEngine, fake_prompt, on_ranks
 
 K = 3  # with the greedy answer 4 a problem: of MIXED the greedy one and the second sampled one are right
@@ -119,6 +121,79 @@ def test_stopped_and_gone_on_is_never_stopped(after, every, judge, tmp_path):
     assert kept.known(tmp_path, WANTED).done == WANTED.keys()
     engine = FakeEngine(K + 1)
     assert run(engine, judge, answers=Answers(tmp_path, kept.known(tmp_path, WANTED))).summary == expected and not engine.requests
+
+
+class Script:
+    """A judge that gives no verdict until it was asked `hold` times; then the bad ones are errors."""
+
+    def __init__(self, hold: int, bad: range):
+        self._hold, self._bad, self._asked = hold, bad, []
+
+    def submit(self, response: str, prompt) -> Future:
+        self._asked.append(Future())
+        for i, future in enumerate(self._asked if len(self._asked) >= self._hold else []):
+            if not future.done() and i in self._bad:
+                future.set_exception(UserError("a verdict is 7", "let it be 0 to 1"))
+            elif not future.done():
+                future.set_result(Verdict(1.0, "right"))
+        return self._asked[-1]
+
+
+@pytest.mark.parametrize(("hold", "bad"), [(30, range(0, 1)), (44, range(43, 44)), (30, range(20, 30)), (1, range(7, 8))])
+def test_a_bad_verdict_costs_no_other_problem(hold, bad, tmp_path):
+    """Whether it is the first or the last of many that come at once."""
+    engine, finished = FakeEngine(K + 1), []
+    with pytest.raises(UserError, match="a verdict is 7"):
+        run(engine, Script(hold, bad), on_finish=lambda index, _: finished.append(index), answers=Answers(tmp_path))
+    judged = finished + [i for i in range(44) if i not in finished][: 0 if len(finished) == 44 else 1]
+    whole = {index // (K + 1) for index in judged if len([i for i in judged if i // (K + 1) == index // (K + 1)]) == K + 1}
+    spoilt = {judged[i] // (K + 1) for i in bad if i < len(judged)}
+    keys = [problem.key for problem in all_problems(SETS, CONFIG)]
+    done = kept.known(tmp_path, WANTED).done
+    assert done >= {keys[i] for i in whole - spoilt} and not done & {keys[i] for i in spoilt} and len(done) >= (7 if hold > 1 else 0)
+
+
+class Waiting(Future):
+    """A verdict that comes when it is waited for."""
+
+    def __init__(self, on_wait):
+        super().__init__()
+        self._on_wait = on_wait
+
+    def result(self, timeout=None) -> Verdict:
+        self._on_wait()
+        return Verdict(0.0, "timed_out")
+
+
+def test_what_is_judged_is_written_before_other_verdicts_are_waited_for(judge, tmp_path):
+    written = []
+
+    class Slow:
+        def submit(self, response, prompt):
+            wait = Waiting(lambda: written.append(len(kept.known(tmp_path, WANTED).done)))
+            return wait if prompt.id == "set/1" else judge.submit(response, prompt)
+
+    result = run(FakeEngine(K + 1), Slow(), answers=Answers(tmp_path, every=1e9))
+    assert written == [10] * (K + 1) and result.summary["sets"]["easy"]["outcomes"]["timed_out"] == K + 1
+
+
+def test_of_the_answers_nothing_stays_in_memory(judge):
+    responses = []
+    run(FakeEngine(K + 1), judge, on_finish=lambda _, response: responses.append(response))
+    assert len(responses) == (K + 1) * 11 and not any(one.text or one.token_ids or one.logprobs for one in responses)
+
+
+@pytest.mark.parametrize("change", ["lacks", "twice", "fewer"])
+def test_results_of_other_than_all_problems_are_refused(change, judge, tmp_path):
+    """As where the engines disagree on which are answered."""
+    run(FakeEngine(K + 1), judge, answers=Answers(tmp_path))
+    told = kept.known(tmp_path, WANTED).told
+    sampled = next(one for one in told if one.kind == "sampled")
+    others = [one for one in told if one is not sampled]
+    wrong = {"lacks": others, "twice": [*told, sampled], "fewer": [*others, replace(sampled, scores=sampled.scores[1:])]}[change]
+    summarise("m", told, SETS, CONFIG, {})
+    with pytest.raises(RuntimeError, match=f"sampled answers to the . problems of {sampled.set} are not all there, or"):
+        summarise("m", wrong, SETS, CONFIG, {})
 
 
 def test_the_saved_answers_are_all_that_was_said(judge, tmp_path):
