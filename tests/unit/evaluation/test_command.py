@@ -17,7 +17,7 @@ from megatron_nft.prompts import PromptSet
 from megatron_nft.rewards import Judge
 from megatron_nft.stopping import Stopped, StopRequest
 from tests.support import ROOT
-from tests.unit.rollout.fakes import CHANCE, MIXED, RIGHT, FakeEngine, fake_prompt, on_ranks
+from tests.unit.rollout.fakes import CHANCE, MIXED, RIGHT, FakeEngine, Lockstep, fake_prompt, on_ranks
 
 MODEL = ROOT / "examples/arithmetic/model"
 SOURCE = Source(MODEL, MODEL, "m")
@@ -129,7 +129,7 @@ def test_a_rank_that_hands_on_no_answers_has_neither_judge_nor_bar(config, tmp_p
     config.rollout.tensor_parallel_size = 2
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(Judge, "for_config", lambda *_: pytest.fail("a judge is started"))
-    monkeypatch.setattr(command, "Engine", lambda *_: Engine(3, 1, 2))
+    monkeypatch.setattr(command, "Engine", lambda *_: Engine(3, 1, 2, Lockstep(2)))
     monkeypatch.setattr(command, "evaluate", lambda engine, judge, *more: given.update(judge=judge, on_finish=more[3]))
     command._answer(config, SOURCE, "fp32", SETS, tmp_path, Known(), 99, None)
     given["on_finish"](0, None)

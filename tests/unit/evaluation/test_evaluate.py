@@ -123,34 +123,32 @@ def test_stopped_and_gone_on_is_never_stopped(after, every, judge, tmp_path):
     assert run(engine, judge, answers=Answers(tmp_path, kept.known(tmp_path, WANTED))).summary == expected and not engine.requests
 
 
-class Script:
-    """A judge that gives no verdict until it was asked `hold` times; then the bad ones are errors."""
+class AllAtOnce:
+    """A judge whose verdicts come together, with the last one that is asked for; those of some numbers are errors."""
 
-    def __init__(self, hold: int, bad: range):
-        self._hold, self._bad, self._asked = hold, bad, []
+    def __init__(self, bad: set[int]):
+        self._bad, self._asked, self.spoilt = bad, [], set()
 
     def submit(self, response: str, prompt) -> Future:
+        number = len(self._asked)
         self._asked.append(Future())
-        for i, future in enumerate(self._asked if len(self._asked) >= self._hold else []):
-            if not future.done() and i in self._bad:
+        self.spoilt |= {prompt.id} if number in self._bad else set()
+        for i, future in enumerate(self._asked if number == (K + 1) * 11 - 1 else []):
+            if i in self._bad:
                 future.set_exception(UserError("a verdict is 7", "let it be 0 to 1"))
-            elif not future.done():
+            else:
                 future.set_result(Verdict(1.0, "right"))
         return self._asked[-1]
 
 
-@pytest.mark.parametrize(("hold", "bad"), [(30, range(0, 1)), (44, range(43, 44)), (30, range(20, 30)), (1, range(7, 8))])
-def test_a_bad_verdict_costs_no_other_problem(hold, bad, tmp_path):
-    """Whether it is the first or the last of many that come at once."""
-    engine, finished = FakeEngine(K + 1), []
+@pytest.mark.parametrize("bad", [{0}, {20}, {0, 20, 43}])
+def test_a_bad_verdict_costs_no_other_problem(bad, tmp_path):
+    judge = AllAtOnce(bad)
     with pytest.raises(UserError, match="a verdict is 7"):
-        run(engine, Script(hold, bad), on_finish=lambda index, _: finished.append(index), answers=Answers(tmp_path))
-    judged = finished + [i for i in range(44) if i not in finished][: 0 if len(finished) == 44 else 1]
-    whole = {index // (K + 1) for index in judged if len([i for i in judged if i // (K + 1) == index // (K + 1)]) == K + 1}
-    spoilt = {judged[i] // (K + 1) for i in bad if i < len(judged)}
-    keys = [problem.key for problem in all_problems(SETS, CONFIG)]
-    done = kept.known(tmp_path, WANTED).done
-    assert done >= {keys[i] for i in whole - spoilt} and not done & {keys[i] for i in spoilt} and len(done) >= (7 if hold > 1 else 0)
+        run(FakeEngine(K + 1), judge, answers=Answers(tmp_path))
+    every = {problem.key: problem.prompt.id for problem in all_problems(SETS, CONFIG)}
+    assert kept.known(tmp_path, WANTED).done == {key for key, name in every.items() if name not in judge.spoilt}
+    assert 1 <= len(judge.spoilt) <= len(bad)
 
 
 class Waiting(Future):
