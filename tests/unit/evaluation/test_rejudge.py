@@ -107,7 +107,7 @@ def content(directory: Path) -> dict[str, bytes]:
 
 def test_nobody_else_is_at_it_and_a_kill_changes_nothing(run_dir, monkeypatch):
     directory, config = kept.directory_of(run_dir, "m"), config_of(run_dir)
-    config.evaluation.sets[0].reward = f"{run_dir / 'turned.py'}:turned"
+    config.evaluation.sets[0].reward = "dapo"
     (directory / "part-7-00000.parquet.damaged").write_text("of an earlier start")
     before = content(directory)
     with kept.held(directory), pytest.raises(UserError, match="is being written by another"):
@@ -117,7 +117,7 @@ def test_nobody_else_is_at_it_and_a_kill_changes_nothing(run_dir, monkeypatch):
         with pytest.raises(KeyboardInterrupt):  # when all verdicts are there
             rejudge(config, "m")
     assert content(directory) == before and not in_work(directory).exists()
-    assert rejudge(config, "m").startswith("18 of 21")
+    assert rejudge(config, "m").startswith("18 of 21")  # no answer line: every verdict is another
     assert content(directory).keys() == before.keys() and content(directory) != before
 
 
@@ -127,14 +127,12 @@ def test_sets_that_were_never_finished_are_left_as_they_are(run_dir):
     settings["sets"]["late"] = settings["sets"]["more"] | {"problems": 2}
     (directory / "settings.json").write_text(json.dumps(settings))
     answers = Answers(directory)
-    late = [Response([1], [-0.5], "stop", 0, "\\boxed{1}", verdict=Verdict(0.0, "wrong"))] * 2
     one = Response([1], [-0.5], "stop", 0, "\\boxed{1}", verdict=Verdict(0.0, "wrong"))
-    answers.add(("late", 1), Prompt("late/1", "1?", "1", (), "late"), {"greedy": [one], "sampled": late})
+    answers.add(("late", 1), Prompt("late/1", "1?", "1", (), "late"), {"greedy": [one], "sampled": [one, one]})
     answers.flush()
     before = saved(run_dir)
-    assert (
-        "0 of 21 verdicts changed; " in (printed := rejudge(config_of(run_dir))) and "late is not finished (it lacks 1 problems)" in printed
-    )
+    printed = rejudge(config_of(run_dir))
+    assert printed.startswith("0 of 21 verdicts changed; ") and "late is not finished (it lacks 1 problems)" in printed
     assert saved(run_dir)["sets"] == before["sets"]
     rows = [row for file in kept.files(directory) for row in kept.read(file) if row["set"] == "late"]
     assert [row["outcome"] for row in rows] == ["wrong"] * 3
@@ -142,8 +140,7 @@ def test_sets_that_were_never_finished_are_left_as_they_are(run_dir):
 
 def test_the_settings_follow_the_verdicts(run_dir):
     config = config_of(run_dir)
-    config.reward.time_limit = 9
-    config.evaluation.sets[0].reward = f"{run_dir / 'turned.py'}:turned"
+    config.reward.time_limit, config.evaluation.sets[0].reward = 9, "dapo"
     rejudge(config, "m")
     settings = settings_of(SETS, config, Source(MODEL, MODEL, "m"), "fp32", 99)
     assert kept.differences(kept.read_settings(kept.directory_of(run_dir, "m")), settings) == []
@@ -205,9 +202,7 @@ def test_a_training_without_a_step_costs_no_report(metrics, run_dir):
 def test_a_broken_training_costs_no_table(run_dir):
     (run_dir / "metrics.jsonl").write_text('{"step": \n{"step": 1}\n')
     printed = publish(run_dir, "m", saved(run_dir))
-    assert (
-        printed.startswith("set ") and printed.endswith("metrics.jsonl is not JSON: remove that line") and "no page: line 1 of" in printed
-    )
+    assert printed.startswith("set ") and "no page: line 1 of" in printed and printed.endswith("is not JSON: remove that line")
 
 
 def test_no_problem_is_too_long_for_the_window(tmp_path, caplog):
