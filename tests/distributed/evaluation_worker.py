@@ -22,6 +22,7 @@ from tests.support import ROOT
 from tests.unit.rollout.fakes import CHANCE, MIXED, RIGHT, FakeEngine, fake_prompt
 
 MODEL = ROOT / "examples/arithmetic/model"
+SOURCE = Source(MODEL, MODEL, "m")
 SETS = {"data": PromptSet([fake_prompt(kind, i) for i, kind in enumerate([RIGHT, CHANCE, MIXED, CHANCE, CHANCE, RIGHT])])}
 
 
@@ -44,6 +45,15 @@ class Engine(FakeEngine):
         return values
 
 
+def refused(config: Config) -> str:
+    """What this rank is told."""
+    try:
+        command.evaluate_model(config, SOURCE, "fp32")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def main() -> None:
     arguments = json.loads(Path(sys.argv[1]).read_text())
     policy.start_distributed()
@@ -60,14 +70,11 @@ def main() -> None:
     command.publish = lambda run_dir, name, summary: json.dumps(summary)
     summaries, answer = [], command._answer
     command._answer = lambda *more: summaries.append(found := answer(*more)) or found
-    said = ""
-    with kept.held(directory) if arguments["in_use"] and rank == 0 else nullcontext():
+    with kept.held(directory) if rank == 0 else nullcontext():
         dist.barrier()
-        try:
-            command.evaluate_model(config, Source(MODEL, MODEL, "m"), "fp32")
-        except UserError as error:
-            said = str(error)
+        said = refused(config)
         dist.barrier()
+    command.evaluate_model(config, SOURCE, "fp32")
     same = [json.loads(json.dumps(one.summary)) == json.loads(json.dumps(alone)) for one in summaries]
     told = {"same": same, "asked": [len(one.requests) for one in engines], "said": said}
     (Path(arguments["folder"]) / f"{os.environ['RANK']}.json").write_text(json.dumps(told))
