@@ -141,7 +141,7 @@ class AllAtOnce:
         return self._asked[-1]
 
 
-@pytest.mark.parametrize("bad", [{0}, {20}, {0, 20, 43}])
+@pytest.mark.parametrize("bad", [{0}, {43}, {0, 4, 8, 12, 16}])
 def test_a_bad_verdict_costs_no_other_problem(bad, tmp_path):
     judge = AllAtOnce(bad)
     with pytest.raises(UserError, match="a verdict is 7"):
