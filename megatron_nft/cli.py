@@ -62,7 +62,6 @@ def parser() -> argparse.ArgumentParser:
         if name in ("train", "sft"):
             command.set_defaults(goes_on="; the same command goes on from the newest checkpoint")
         if name == "evaluate":
-            command.set_defaults(goes_on="; the same command goes on after the problems that are answered")
             text = "judge the saved answers of an evaluation again, without a model"
             command.add_argument("--rejudge", metavar="NAME", nargs="?", const="", help=text)
         if name == "train":
@@ -126,8 +125,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
         print(rejudge(settings, name or None), flush=True)
         return
-    with StopRequest(settings.checkpoint.grace_time) as stop:
+    arguments.goes_on = f"; {goes_on(settings.resume)}"
+    with StopRequest(settings.checkpoint.grace_time, goes_on(settings.resume)) as stop:
         _evaluate_model(settings, stop)
+
+
+def goes_on(resume: bool) -> str:
+    """What is said of an evaluation that is stopped: one that begins anew each time would never end."""
+    return f"{'' if resume else 'with resume=true '}the same command goes on after the problems that are answered"
 
 
 def _evaluate_model(settings: config.Config, stop: StopRequest) -> None:

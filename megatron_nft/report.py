@@ -42,11 +42,10 @@ class Totals:
     stages: tuple[tuple[str, float, float], ...]  # name, seconds, share of the whole
 
 
-def _rows_if_any(run_dir: str | Path) -> list[dict]:
-    """As load_rows; none where the directory has evaluations and no training. Raises UserError where it has neither."""
-    if Path(run_dir).is_dir() and not (Path(run_dir) / METRICS).is_file() and page.evaluations(run_dir):
-        return []
-    return load_rows(run_dir)
+def _rows_if_any(run_dir: str | Path, evaluated: list[page.Shown]) -> list[dict]:
+    """As load_rows; none where the directory has evaluations and no step of a training. Raises UserError where it has neither."""
+    path = Path(run_dir) / METRICS
+    return load_rows(run_dir) if not evaluated or (path.is_file() and read_rows(path)) else []
 
 
 def load_rows(run_dir: str | Path) -> list[dict]:
@@ -84,9 +83,10 @@ def totals(rows: list[dict]) -> Totals:
 
 def summary(run_dir: str | Path) -> str:
     """The plain-text table at the end of a training: accuracy before and after, tokens, minutes by stage; and the evaluations there are."""
-    rows = _rows_if_any(run_dir)
-    evaluated = [f"{one.name}\n{tables.aligned(one.tables[0][1])}" for one in page.evaluations(run_dir)]
-    parts = [*([_training_summary(rows)] if rows else []), *evaluated, f"report: {Path(run_dir) / 'report.html'}"]
+    evaluated = page.evaluations(run_dir)
+    rows = _rows_if_any(run_dir, evaluated)
+    shown = [f"{one.name}\n{tables.aligned(one.tables[0][1])}" for one in evaluated]
+    parts = [*([_training_summary(rows)] if rows else []), *shown, f"report: {Path(run_dir) / 'report.html'}"]
     return "\n\n".join(parts)
 
 
@@ -108,7 +108,8 @@ def write_report(run_dir: str | Path) -> Path:
     """Make run_dir/report.html from metrics.jsonl, and config.yaml, rollouts/ and evaluations/ where they are; returns its path. Of a
     directory without a training it has the evaluations alone."""
     run_dir = Path(run_dir)
-    rows = _rows_if_any(run_dir)
+    evaluated = page.evaluations(run_dir)
+    rows = _rows_if_any(run_dir, evaluated)
     config_file = run_dir / "config.yaml"
     config_text = config_file.read_text(encoding="utf-8") if config_file.is_file() else ""
     environment = Environment(loader=PackageLoader("megatron_nft", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -121,7 +122,7 @@ def write_report(run_dir: str | Path) -> Path:
         stage_colours=charts.STAGES,
         charts=[(chart.title, chart.reading, Markup(charts.svg(chart, rows))) for chart in charts.charts_of(rows)] if rows else [],
         samples=samples.sample_answers(run_dir, about["model"]),
-        evaluations=page.evaluations(run_dir),
+        evaluations=evaluated,
         method=tables.METHOD,
         config=config_text,
     )

@@ -2,7 +2,7 @@
 
 A signal only leaves a note and starts the clock. The loop asks, at points that all ranks reach alike, whether any rank has a note, so
 that all of them stop at the same one. Where that would take too long (a rank hangs, a phase is long) the process leaves without
-a further save: the newest complete checkpoint stands.
+a further save: what was complete before stands.
 """
 
 import math
@@ -32,9 +32,9 @@ class StopRequest:
     nothing.
     """
 
-    def __init__(self, grace_time: float):
-        """grace_time: seconds from the first signal, on any rank, until this process has ended."""
-        self._grace_time, self._begun = grace_time, False
+    def __init__(self, grace_time: float, goes_on: str = "the same command goes on from the newest checkpoint"):
+        """grace_time: seconds from the first signal, on any rank, until this process has ended. goes_on: what the user is told."""
+        self._grace_time, self._begun, self.goes_on = grace_time, False, goes_on
         self._deadline = math.inf  # by time.monotonic(); infinite until a signal came
         self._pipe: tuple[int, int] | None = None
 
@@ -112,7 +112,7 @@ class StopRequest:
 
     def _leave(self, what: str) -> None:
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"megatron-nft: {rank}{what}; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+        print(f"megatron-nft: {rank}{what}; {self.goes_on}", file=sys.stderr, flush=True)
         os._exit(EXIT_CODE)  # no teardown: it could hang like the rest
 
 

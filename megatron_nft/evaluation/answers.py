@@ -1,24 +1,28 @@
 """Answers that are kept while an evaluation goes on: evaluations/NAME.answers, parquet files of whole problems, and settings.json.
 
 An evaluation that was stopped or killed goes on after them, and verdicts can be given anew without a model. Each engine writes files of its
-own, complete or not at all.
+own, complete or not at all. One process alone reads what is there and tells the others, which may see other files, or read them otherwise.
 """
 
 import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
 from megatron_nft.errors import UserError
-from megatron_nft.evaluation.files import set_aside, write_whole
+from megatron_nft.evaluation.files import recover, set_aside, write_whole
 from megatron_nft.evaluation.scores import Answered
+from megatron_nft.locks import exclusive
 from megatron_nft.trajectories import Prompt, Response
 
-FLUSH_SECONDS = 30.0  # of work that a kill may cost
+FLUSH_SECONDS = 30.0  # that a problem which is answered waits, at most, while others are answered
 MEND = "use the settings it was begun with, another evaluation.name, or resume=false, which begins anew and keeps the old answers beside"
 _log = logging.getLogger(__name__)
 
@@ -28,42 +32,28 @@ def directory_of(run_dir: str | Path, name: str) -> Path:
     return Path(run_dir) / "evaluations" / f"{name}.answers"
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is told of the answers that are there, and the problems, by set and position, that they are all the answers to."""
+
+    told: list[Answered] = field(default_factory=list)
+    done: frozenset[tuple[str, int]] = frozenset()
+
+
 class Answers:
-    """The answers of an evaluation. `told`: what is known of those that are there; `done`: the problems, by set and position, that they are
-    all the answers to."""
+    """Keeps the answers of an engine. `known`: those that were there before; `added`: problems that came since."""
 
-    def __init__(self, directory: Path, wanted: dict[tuple[str, int], int], engine: int = 0, every: float = FLUSH_SECONDS):
-        """Read what is there. wanted: how many answers each problem is to have; engine: which one writes, every so many seconds of work.
-
-        A file that cannot be read is passed over with a warning, and renamed: its problems are answered again.
-        """
-        self.directory, self._engine, self._every = directory, engine, every
-        rows = [row for file in files(directory) for row in self._read(file)]
-        rows.sort(key=_place)
-        self.told = [told for told in _told(rows) if told is not None and (told.set, told.position) in wanted]
-        counts: dict[tuple[str, int], int] = {}
-        for one in self.told:
-            counts[one.set, one.position] = counts.get((one.set, one.position), 0) + len(one.scores)
-        self.done = {key for key, number in counts.items() if number == wanted[key]}
-        self.told = [one for one in self.told if (one.set, one.position) in self.done]
+    def __init__(self, directory: Path, known: Known | None = None, engine: int = 0, every: float = FLUSH_SECONDS):
+        """engine: which one it is; they are written every so many seconds."""
+        self.directory, self.known, self.added = directory, known or Known(), 0
+        self._engine, self._every = engine, every
         self._rows: list[dict] = []
         self._last: float | None = None  # when answers were written last; the first problem starts the clock
-
-    def _read(self, file: Path) -> list[dict]:
-        import pyarrow
-
-        try:
-            return read(file, _LIGHT)
-        except (pyarrow.ArrowException, OSError) as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
-            _log.warning("passing over %s, which is damaged (%s): its problems are answered again", file, said)
-        if self._engine == 0 and file.is_file():
-            file.rename(file.with_name(file.name + ".damaged"))
-        return []
 
     def add(self, key: tuple[str, int], prompt: Prompt, kinds: dict[str, list[Response]]) -> None:
         """All answers to a problem; written when it is time."""
         self._rows += [_row(key, prompt, kind, i, one) for kind, responses in kinds.items() for i, one in enumerate(responses)]
+        self.added += 1
         self._last = self._last or time.monotonic()
         if time.monotonic() - self._last >= self._every:
             self.flush()
@@ -76,21 +66,43 @@ class Answers:
         self._rows, self._last = [], time.monotonic()
 
 
-def begin(directory: Path, settings: dict, resume: bool, first: bool) -> None:
-    """Make the directory ready for an evaluation with these settings. first: whether this process is the one that changes it.
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Nobody else evaluates under this name while the block lasts. Raises UserError where another process does."""
+    in_use = UserError(f"{directory} is being written by another evaluation", "wait until it has ended, or set evaluation.name")
+    with exclusive(directory.with_name(f".{_name(directory)}.lock"), in_use):
+        recover(directory)
+        yield
 
-    Raises UserError where it was begun with others, unless `resume` is false: then what is there is moved aside.
+
+def begin(directory: Path, settings: dict, wanted: dict[tuple[str, int], int], resume: bool) -> Known:
+    """Make the directory, which is held, ready for an evaluation with these settings; what is known of the answers that are there.
+
+    wanted: how many each problem is to have. A damaged file is renamed: its problems are answered again. Raises UserError where the
+    directory was begun with other settings, unless `resume` is false: then all that has this name is moved aside.
     """
     file, before = directory / "settings.json", {}
-    if file.is_file() and not resume and first:
-        set_aside(directory)
-    elif file.is_file() and resume:
+    if not resume:
+        set_aside(directory, *(directory.with_name(f"{_name(directory)}.{kind}") for kind in ("json", "md")))
+    elif file.is_file():
         before = read_settings(directory)
         if changed := differences(before, settings):
             raise UserError(f"{directory} was begun with other settings ({'; '.join(changed)})", MEND)
-    if first:
-        kept = settings | {"sets": {**before.get("sets", {}), **settings["sets"]}}  # of sets that are left out this time
-        write_whole(file, json.dumps(kept, indent=1) + "\n")
+    kept = settings | {"sets": {**before.get("sets", {}), **settings["sets"]}}  # of sets that are left out this time
+    write_whole(file, json.dumps(kept, indent=1) + "\n")
+    return known(directory, wanted, retire=True)
+
+
+def known(directory: Path, wanted: dict[tuple[str, int], int], retire: bool = False) -> Known:
+    """What is known of the answers that are there. wanted: how many each problem is to have; retire: as of `readable`."""
+    rows = [row for file in files(directory) for row in readable(file, _LIGHT, retire)]
+    rows.sort(key=_place)
+    told = [one for one in _told(rows) if one.key in wanted]
+    counts: Counter[tuple[str, int]] = Counter()
+    for one in told:
+        counts[one.key] += len(one.scores)
+    done = frozenset(key for key, number in counts.items() if number == wanted[key])
+    return Known([one for one in told if one.key in done], done)
 
 
 def read_settings(directory: Path) -> dict:
@@ -99,9 +111,14 @@ def read_settings(directory: Path) -> dict:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"no answers at {directory}", "give the name of an evaluation of this run_dir") from None
+        raise nothing_at(directory) from None
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error})", f"remove {directory}, or use resume=false") from None
+
+
+def nothing_at(directory: Path) -> UserError:
+    """For a name that no evaluation has."""
+    return UserError(f"no answers at {directory}", "give the name of an evaluation of this run_dir")
 
 
 def differences(before: dict, now: dict) -> list[str]:
@@ -126,6 +143,23 @@ def read(file: Path, columns: list[str] | None = None) -> list[dict]:
     return pyarrow.parquet.read_table(file, schema=_schema(), columns=columns).to_pylist()
 
 
+def readable(file: Path, columns: list[str] | None = None, retire: bool = False) -> list[dict]:
+    """As `read`; none, with a warning, of a damaged file, which `retire` renames. Raises UserError where the system cannot read it, which
+    may pass."""
+    import pyarrow
+
+    try:
+        return read(file, columns)
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the system's; Arrow's own of a damaged file has none
+            mend = "try again, or move it away, and its problems are answered again"
+            raise UserError(f"{file} cannot be read ({os.strerror(error.errno)})", mend) from None
+        _log.warning("passing over %s, which is damaged (%s)", file, (str(error).splitlines() or [type(error).__name__])[0])
+    if retire:
+        file.rename(file.with_name(file.name + ".damaged"))
+    return []
+
+
 def write(file: Path, rows: list[dict]) -> None:
     """Complete or not at all."""
     import pyarrow
@@ -146,7 +180,7 @@ _LIGHT = ["set", "position", "prompt_id", "kind", "sample", "verdict", "outcome"
 _place = itemgetter("set", "position", "kind", "sample")
 
 
-def _told(rows: list[dict]) -> Iterator[Answered | None]:
+def _told(rows: list[dict]) -> Iterator[Answered]:
     """Of sorted rows; of an answer that is there twice the first counts."""
     for (name, position, kind), own in groupby(rows, key=itemgetter("set", "position", "kind")):
         first = {row["sample"]: row for row in reversed([*own])}
@@ -188,6 +222,10 @@ def _schema():
         "reward": text, "kind": text, "sample": integer, "response": text, "verdict": pa.float64(), "outcome": text, "found": text,
         "finish_reason": text, "length": integer, "tokens": pa.list_(pa.int32()),
     })  # fmt: skip
+
+
+def _name(directory: Path) -> str:
+    return directory.name.removesuffix(".answers")
 
 
 def _number(file: Path) -> int:

@@ -5,27 +5,31 @@ import json
 import logging
 import os
 import sys
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_nft.config import Config, dataset_name, max_answer_length, max_model_len, samplings
 from megatron_nft.errors import UserError
 from megatron_nft.evaluation import answers as kept
 from megatron_nft.evaluation import tables
-from megatron_nft.evaluation.answers import Answers
+from megatron_nft.evaluation.answers import Answers, Known
 from megatron_nft.evaluation.evaluate import Evaluation, answers_expected, evaluate, summarise, write_results
 from megatron_nft.evaluation.files import write_whole
 from megatron_nft.evaluation.problems import all_problems, check
 from megatron_nft.evaluation.source import Source
-from megatron_nft.locks import exclusive
 from megatron_nft.logbook import progress
 from megatron_nft.prompts import PromptSet, load_sets, load_tokenizer
 from megatron_nft.rewards import Judge
+from megatron_nft.rewards.functions import code_of
 from megatron_nft.rollout import Engine, arguments
 from megatron_nft.stopping import Stopped, StopRequest
 from megatron_nft.weights import load_weights
 
+# settings of rollout that decide about answers
+_OF_THE_ENGINE = ("stop", "function", "quantization", "kv_cache_dtype", "calculate_kv_scales", "speculative_config", "vllm")
 _log = logging.getLogger(__name__)
 
 
@@ -39,44 +43,69 @@ def evaluate_model(config: Config, source: Source, precision: str, stop: StopReq
     prompt_sets = load_sets(config.evaluation.sets, load_tokenizer(config.model.path), replace(config.data, max_prompt_length=sys.maxsize))
     check(prompt_sets, config)
     window = window_of(prompt_sets, config)
-    first, directory = os.environ.get("RANK", "0") == "0", kept.directory_of(config.run_dir, source.name)
-    settings = settings_of(prompt_sets, config, source, precision)
-    in_use = UserError(f"{directory} is being written by another evaluation", "wait until it has ended, or set evaluation.name")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(directory.parent / f".{source.name}.lock", in_use) if first else nullcontext():
-        kept.begin(directory, settings, config.resume, first)
-        result = _answer(config, source, precision, prompt_sets, directory, window, stop)
-        if first:
+    directory = kept.directory_of(config.run_dir, source.name)
+    wanted = {problem.key: problem.sampling.answers for problem in all_problems(prompt_sets, config)}
+    with ExitStack() as closing:
+
+        def begin() -> Known:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            closing.enter_context(kept.held(directory))
+            return kept.begin(directory, settings_of(prompt_sets, config, source, precision, window), wanted, config.resume)
+
+        known = from_first_rank(begin)
+        result = _answer(config, source, precision, prompt_sets, directory, known, window, stop)
+        if is_first_rank():
             print(publish(config.run_dir, source.name, result.summary), flush=True)
 
 
-def _answer(config: Config, source: Source, precision: str, prompt_sets: dict[str, PromptSet], directory: Path, window: int,
+def _answer(config: Config, source: Source, precision: str, prompt_sets: dict[str, PromptSet], directory: Path, known: Known, window: int,
             stop: StopRequest | None) -> Evaluation:  # fmt: skip
     """The evaluation of all problems, an engine being started where some are not answered."""
-    wanted = {problem.key: problem.sampling.answers for problem in all_problems(prompt_sets, config)}
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    answers = Answers(directory, wanted if config.resume else {}, rank // config.rollout.tensor_parallel_size)
-    if rank == 0 and answers.done:
-        print(f"{len(answers.done)} of {len(wanted)} problems are answered in {directory}", flush=True)
-    if len(answers.done) == len(wanted):
-        about = {"seed": config.seed, "weight_version": 0}
-        return Evaluation(summarise(str(source.given), answers.told, prompt_sets, config, about))
+    number, label = sum(map(len, prompt_sets.values())), str(source.given)
+    if is_first_rank() and known.done:
+        print(f"{len(known.done)} of {number} problems are answered in {directory}", flush=True)
+    if len(known.done) == number:
+        return Evaluation(summarise(label, known.told, prompt_sets, config, {"seed": config.seed, "weight_version": 0}))
     with ExitStack() as closing:
-        judge = closing.enter_context(Judge.for_config(config))
-        asked = None if stop is None else stop.agreed
-        engine = Engine(config.model.path, config.rollout, window, precision, config.seed, asked)
+        asks = int(os.environ.get("RANK", "0")) % config.rollout.tensor_parallel_size == 0  # the first rank of an engine
+        judge = closing.enter_context(Judge.for_config(config, training=False)) if asks else None
+        engine = Engine(config.model.path, config.rollout, window, precision, config.seed, None if stop is None else stop.agreed)
         closing.callback(engine.close)
         engine.scale_cache_by([prompt for problems in prompt_sets.values() for prompt in problems])
         if stop is not None:
             stop.begin()
-        total = answers_expected(engine, prompt_sets, config, answers)
-        bar = closing.enter_context(progress(total, "evaluate" if world == 1 else f"evaluate, engine {engine.index}", "answers"))
+        answers = Answers(directory, known, engine.index)
+        title, total = "evaluate", answers_expected(engine, prompt_sets, config, answers)
+        title += f", engine {engine.index}" if engine.count > 1 else ""
+        bar = closing.enter_context(progress(total, title, "answers")) if engine.is_first else None
         try:
-            return evaluate(engine, judge, prompt_sets, config, str(source.given), lambda *_: bar.update(), answers, window)
+            return evaluate(engine, judge, prompt_sets, config, label, lambda *_: None if bar is None else bar.update(), answers, window)
         except Stopped:
-            there = len(Answers(directory, wanted).done)
-            said = f"stopped on request with {there} of {len(wanted)} problems answered; the same command goes on after them"
-            raise Stopped(said) from None
+            there = len(known.done) + sum(engine.gather(answers.added))  # every engine has written what it has by then
+            raise Stopped(f"stopped on request with {there} of {number} problems answered; {stop.goes_on}") from None
+
+
+def is_first_rank() -> bool:
+    """Of all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def from_first_rank(function: Callable[[], Any]) -> Any:
+    """What the function returns on the first rank, on every rank; the UserError that it raises there likewise. A collective call."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return function()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = (error.problem, error.mend)
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(*outcome[1])
+    return outcome[0]
 
 
 def publish(run_dir: str | Path, name: str, summary: dict) -> str:
@@ -84,9 +113,11 @@ def publish(run_dir: str | Path, name: str, summary: dict) -> str:
     from megatron_nft import report  # imports matplotlib: only at the end
 
     path = write_results(run_dir, name, summary)
-    markdown = write_whole(path.with_suffix(".md"), tables.markdown(name, summary) + "\n")
-    page = report.write_report(run_dir)
-    return "\n".join([tables.plain(summary), *map(str, (path, markdown, page))])
+    told = [tables.plain(summary), str(path), str(write_whole(path.with_suffix(".md"), tables.markdown(name, summary) + "\n"))]
+    try:
+        return "\n".join([*told, str(report.write_report(run_dir))])
+    except UserError as error:  # in what a training left here; the results stand
+        return "\n".join([*told, f"no page: {error}"])
 
 
 def window_of(prompt_sets: dict[str, PromptSet], config: Config) -> int:
@@ -105,22 +136,34 @@ def window_of(prompt_sets: dict[str, PromptSet], config: Config) -> int:
     return window
 
 
-def settings_of(prompt_sets: dict[str, PromptSet], config: Config, source: Source, precision: str) -> dict:
+def settings_of(prompt_sets: dict[str, PromptSet], config: Config, source: Source, precision: str, window: int) -> dict:
     """All that decides about answers and verdicts, as JSON holds it: an evaluation goes on with nothing else."""
-    by_name = {dataset_name(dataset): dataset for dataset in config.evaluation.sets}
-    sets = {}
+    by_name, sets = {dataset_name(dataset): dataset for dataset in config.evaluation.sets}, {}
     for name, problems in prompt_sets.items():
+        sampling = samplings(config)[name]
         texts = hashlib.sha256(json.dumps([prompt.token_ids for prompt in problems]).encode()).hexdigest()[:16]
-        rewards = {prompt.reward or by_name[name].reward or config.reward.function for prompt in problems}
-        sets[name] = asdict(samplings(config)[name]) | {
-            "problems": len(problems), "fingerprint": problems.fingerprint, "prompts": texts, "reward": ", ".join(sorted(rewards)),
-        }  # fmt: skip
-    return {
+        sets[name] = asdict(sampling) | {
+            "problems": len(problems),
+            "fingerprint": problems.fingerprint,
+            "prompts": texts,
+            "least_room": min(sampling.max_tokens, window - max(len(prompt.token_ids) for prompt in problems)),  # tokens of an answer
+            **judged_by({prompt.reward or by_name[name].reward or config.reward.function for prompt in problems}, config),
+        }
+    settings = {
         "model": str(source.given),
         "weights": source.fingerprint(),
         "precision": precision,
         "seed": config.seed,
-        "stop": list(config.rollout.stop),
-        "function": config.rollout.function,
+        **{key: getattr(config.rollout, key) for key in _OF_THE_ENGINE},
+        "function_code": code_of(config.rollout.function or ""),
         "sets": sets,
     }
+    return json.loads(json.dumps(settings, default=str))
+
+
+def judged_by(functions: set[str], config: Config) -> dict:
+    """What decides about the verdicts of a set, as settings_of has it."""
+    names = sorted(functions)
+    code = [found for name in names if (found := code_of(name))]
+    limits = {"time_limit": config.reward.time_limit, "memory_limit": config.reward.memory_limit}
+    return {"reward": ", ".join(names), "reward_code": ", ".join(code), **limits}

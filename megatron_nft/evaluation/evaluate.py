@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_nft import watchdog
-from megatron_nft.config import Config, dataset_name, samplings
+from megatron_nft.config import Config, SetSampling, dataset_name, samplings
 from megatron_nft.evaluation.files import write_whole
 from megatron_nft.evaluation.problems import Problem, all_problems, by_kind, requests
 from megatron_nft.evaluation.scores import Answered, mean_of_sets, set_result
@@ -71,31 +71,33 @@ def evaluate(
     told: list[Answered] = []
 
     def take(index: int, group: Group) -> None:
-        """Of a problem's answers only what is told of them stays in memory."""
+        """Of a problem's answers only what is told of them stays in memory: the text of all would be gigabytes."""
         problem = own[index]
         kinds = by_kind(problem, group)
         told.extend(Answered.of(problem.key, problem.prompt.id, kind, responses) for kind, responses in kinds.items())
         if answers is not None:
             answers.add(problem.key, problem.prompt, kinds)
         for response in group.responses:
-            response.token_ids, response.logprobs = [], []
+            response.token_ids, response.logprobs, response.text = [], [], ""
 
     try:
-        answer(engine, judge, [problem.prompt for problem in own], asked, on_finish, config.rollout.function, take)
+        flush = None if answers is None else answers.flush
+        answer(engine, judge, [problem.prompt for problem in own], asked, on_finish, config.rollout.function, take, flush)
     finally:
         if answers is not None:
             answers.flush()
-    every = [one for part in engine.gather(told) for one in part] + (answers.told if answers is not None else [])
+    every = [one for part in engine.gather(told) for one in part] + (answers.known.told if answers is not None else [])
     settings = {"seed": config.seed, "weight_version": engine.weight_version}
     return Evaluation(summarise(label, every, prompt_sets, config, settings))
 
 
 def summarise(label: str, answered: list[Answered], prompt_sets: dict[str, PromptSet], config: Config, settings: dict) -> dict:
-    """All that is told of an evaluation whose problems are all answered."""
+    """All that is told of an evaluation. Raises RuntimeError where not every problem is answered, once."""
     sampled, sets = samplings(config), {}
     defaults = {dataset_name(dataset): dataset.reward or config.reward.function for dataset in config.evaluation.sets}
     for name, prompts in prompt_sets.items():
         own = sorted((one for one in answered if one.set == name), key=lambda one: one.position)
+        _check_complete(name, own, len(prompts), sampled[name])
         rewards = {prompt.reward or defaults[name] for prompt in prompts}
         about = {"settings": asdict(sampled[name]) | {"reward": ", ".join(sorted(rewards))}, "fingerprint": prompts.fingerprint}
         dropped = {reason: number for reason, number in prompts.dropped.items() if number}
@@ -103,10 +105,17 @@ def summarise(label: str, answered: list[Answered], prompt_sets: dict[str, Promp
     return {"label": label, **settings, "mean": mean_of_sets(sets, {name: sampled[name] for name in sets}), "sets": sets}
 
 
+def _check_complete(name: str, answered: list[Answered], problems: int, sampling: SetSampling) -> None:
+    for kind, number in (("greedy", int(sampling.greedy)), ("sampled", sampling.k)):
+        found = [(one.position, len(one.scores)) for one in answered if one.kind == kind]
+        if found != [(i, number) for i in range(problems if number else 0)]:
+            raise RuntimeError(f"the {kind} answers to the {problems} problems of {name} are not all there, or some are there twice")
+
+
 def own_problems(engine: Engine, prompt_sets: dict[str, PromptSet], config: Config, answers: "Answers | None" = None) -> list[Problem]:
     """Of this engine: every engines-th of all sets in a row, those left out that are answered."""
     every = all_problems(prompt_sets, config)
-    left = every if answers is None else [problem for problem in every if problem.key not in answers.done]
+    left = every if answers is None else [problem for problem in every if problem.key not in answers.known.done]
     return left[engine.index :: engine.count]
 
 

@@ -1,7 +1,9 @@
 """The evaluations of a run directory as the report's page shows them."""
 
+import logging
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from megatron_nft.errors import UserError
@@ -9,6 +11,7 @@ from megatron_nft.evaluation import answers, compare, tables
 
 OF_A_KIND = 2  # right answers, and others, shown of a set
 LONGEST_TEXT = 4000  # characters shown of an answer
+_log = logging.getLogger(__name__)
 _SHOWN = ["set", "kind", "question", "answer", "response", "verdict", "outcome", "finish_reason", "length"]
 
 
@@ -20,7 +23,13 @@ class Shown:
     label: str
     seed: int
     tables: list[tuple[str, list[list[str]]]]  # with their titles
-    examples: list[tuple[str, list[dict], list[dict]]]  # set, right answers, others; the columns of the saved answers
+    sets: list[str]
+    answers: Path
+
+    @cached_property
+    def examples(self) -> list[tuple[str, list[dict], list[dict]]]:
+        """Of each set right answers and others, with columns of the saved answers. Read when they are asked for first."""
+        return _examples(self.answers, self.sets)
 
 
 def evaluations(run_dir: str | Path) -> list[Shown]:
@@ -41,14 +50,15 @@ def _shown(folder: Path, name: str) -> Shown | None:
         ("Answers", [tables.ANSWERS_HEADER, *tables.answer_rows(summary)]),
     ]
     parts = [(title, table) for title, table in parts if len(table) > 1]
-    return Shown(name, summary["label"], summary["seed"], parts, _examples(folder / f"{name}.answers", list(summary["sets"])))
+    return Shown(name, summary["label"], summary["seed"], parts, list(summary["sets"]), folder / f"{name}.answers")
 
 
 def _examples(directory: Path, sets: list[str]) -> list[tuple[str, list[dict], list[dict]]]:
-    """The first right and the first other answers of each set, of different problems, greedy ones before sampled ones."""
+    """The first right and the first other answers of each set, of different problems, greedy ones before sampled ones. Files that cannot be
+    read are passed over."""
     chosen: dict[str, tuple[dict, dict]] = {name: ({}, {}) for name in sets}
     for file in answers.files(directory):
-        for row in answers.read(file, _SHOWN):
+        for row in _rows(file):
             if row["set"] in chosen:
                 own = chosen[row["set"]][row["outcome"] != "right"]
                 if len(own) < OF_A_KIND:
@@ -56,6 +66,14 @@ def _examples(directory: Path, sets: list[str]) -> list[tuple[str, list[dict], l
         if all(len(own) == OF_A_KIND for pair in chosen.values() for own in pair):
             break
     return [(name, *map(lambda own: list(own.values()), pair)) for name, pair in chosen.items() if any(pair)]
+
+
+def _rows(file: Path) -> list[dict]:
+    try:
+        return answers.readable(file, _SHOWN)
+    except UserError as error:
+        _log.warning("passing over %s", error.problem)
+        return []
 
 
 def _shortened(row: dict) -> dict:

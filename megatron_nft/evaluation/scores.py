@@ -42,6 +42,11 @@ class Answered:
                    tuple(len(r.token_ids) for r in responses), tuple(r.finish_reason == "length" for r in responses))  # fmt: skip
 
     @property
+    def key(self) -> tuple[str, int]:
+        """Which problem."""
+        return self.set, self.position
+
+    @property
     def correct(self) -> int:
         """How many answers are right."""
         return self.outcomes.count("right")
@@ -155,11 +160,6 @@ def wilson(rate: float, count: int) -> tuple[float, float]:
     z = 1.959964
     centre, spread = rate + z * z / (2 * count), z * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
     return max(0.0, (centre - spread) / (1 + z * z / count)), min(1.0, (centre + spread) / (1 + z * z / count))
-
-
-def bootstrap(values: list[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean over problems, by resampling problems (answers to one problem are not independent)."""
-    return mean_interval([values])
 
 
 def resampled_means(values: numpy.ndarray, seed: int, resamples: int = RESAMPLES) -> numpy.ndarray:

@@ -52,9 +52,8 @@ def opened(config: Config) -> Iterator[Source]:
     with ExitStack() as closing:
         path = given
         if _is_megatron_lm(given):
-            folder = Path(config.run_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            links = closing.enter_context(tempfile.TemporaryDirectory(prefix=".model-", dir=folder))  # one for each rank
+            # one for each rank, and among the system's temporary files, which go by themselves where a process is killed
+            links = closing.enter_context(tempfile.TemporaryDirectory(prefix="megatron-nft-model-"))
             path = _linked(given, config.evaluation.hf_config, Path(links))
         config.model.path = str(path)
         yield Source(path, given, config.evaluation.name or name_of(given))

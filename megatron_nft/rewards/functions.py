@@ -1,5 +1,6 @@
 """From the name of a verdict function to the function, and from its result to a Verdict."""
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -75,6 +76,18 @@ def load_function(name: str, what: str, arguments: tuple[str, ...], mend: str, o
     except TypeError as error:
         raise UserError(f"{what} cannot be called with ({', '.join(arguments)}) ({error})", f"let it take these {len(arguments)}") from None
     return function
+
+
+def code_of(name: str) -> str | None:
+    """A hash of the file that holds the function of that name, where it is a user's; None where it is none, or the file is not found."""
+    where, colon, _ = name.rpartition(":")
+    if not colon:
+        return None
+    try:
+        file = where if where.endswith(".py") else importlib.util.find_spec(where).origin
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    except (ImportError, AttributeError, TypeError, ValueError, OSError):  # told by `resolve` where the function is wanted
+        return None
 
 
 def _load(where: str, what: str, mend: str) -> ModuleType:

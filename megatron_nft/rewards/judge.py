@@ -79,10 +79,11 @@ class Judge:
             self._start_workers(Setup(needy, time_limit, memory_limit << 30), workers, concurrency)
 
     @classmethod
-    def for_config(cls, config: Config) -> Self:
-        """The judge of a run: reward.function, and the functions that data sets ask for, whole or by source."""
-        reward = config.reward
-        named = [(dataset.reward, *dataset.rewards.values()) for dataset in (*config.data.train, *config.evaluation.sets)]
+    def for_config(cls, config: Config, training: bool = True) -> Self:
+        """The judge of a run: reward.function, and the functions that data sets ask for, whole or by source. training: those of data.train,
+        too."""
+        reward, datasets = config.reward, [*(config.data.train if training else ()), *config.evaluation.sets]
+        named = [(dataset.reward, *dataset.rewards.values()) for dataset in datasets]
         functions = {name for names in named for name in names if name}
         return cls(functions, reward.function, reward.workers, reward.time_limit, reward.concurrency, reward.memory_limit)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+from megatron_nft.errors import UserError
 from megatron_nft.rollout import tools
 from megatron_nft.rollout.engine import Engine
 from megatron_nft.rollout.settings import Request
@@ -88,14 +89,30 @@ class _Filling:
         self.hand_on(wait=False)
 
     def hand_on(self, wait: bool) -> None:
-        """Tell of the groups that are complete; wait: for verdicts, too. Raises what a verdict raised."""
-        ready = [i for i in self._full if wait or all(verdict.done() for _, verdict in self._verdicts[i])]
-        self._full = [i for i in self._full if i not in ready]
-        for i in ready:
-            for response, verdict in self._verdicts[i]:
-                response.verdict = verdict.result()
+        """Tell of the groups that are complete; wait: for verdicts, too. Raises the first UserError of a verdict, after all the others."""
+        errors = []
+        for i in [i for i in self._full if wait or all(verdict.done() for _, verdict in self._verdicts[i])]:
+            self._full.remove(i)  # one by one: what is not told of yet is still there if this one raises
+            judged, self._verdicts[i] = self._verdicts[i], []
+            try:
+                for response, verdict in judged:
+                    response.verdict = verdict.result()
+            except UserError as error:
+                errors.append(error)
+                continue
             if self._on_group is not None:
                 self._on_group(i, self.groups[i])
+        if errors:
+            raise errors[0]
+
+    def end(self, before_waiting: Callable[[], None] | None) -> None:
+        """Tell of the groups whose verdicts are there, and then of the others, as their verdicts come."""
+        try:
+            self.hand_on(wait=False)
+            if before_waiting is not None:
+                before_waiting()
+        finally:
+            self.hand_on(wait=True)
 
 
 def answer(
@@ -106,11 +123,13 @@ def answer(
     on_finish: Callable[[int, Response], None] | None = None,
     function: str | None = None,
     on_group: Callable[[int, Group], None] | None = None,
+    before_waiting: Callable[[], None] | None = None,
 ) -> list[Group]:
     """Sample and judge this engine's prompts; requests[i] are those of prompts[i]. Called by every rank, with or without prompts.
 
     Verdicts start as answers finish; on_finish(index, response) is called then, too. on_group(i, group) is called when all answers to
     prompts[i] are judged, while others still run; of those that are complete it is called also where this ends by an exception.
+    before_waiting() is called when nothing runs any more, and verdicts may still be waited for.
     function: as rollout.function. Returns the groups ([] on a rank that is not its engine's first, which has no judge to ask).
     """
     filling = _Filling(prompts, requests, on_group)
@@ -129,5 +148,5 @@ def answer(
             asked = [filling.prompt(index) for index in range(len(flat))]
             tools.generate(engine, tools.resolve(function), engine.tokenizer, asked, flat, submit)
     finally:
-        filling.hand_on(wait=True)
+        filling.end(before_waiting)
     return filling.groups if engine.is_first else []

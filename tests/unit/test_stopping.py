@@ -80,14 +80,14 @@ def test_a_run_that_has_not_begun_ends_at_once():
 def test_a_process_that_hangs_ends_when_the_time_is_over():
     """In a lock of C, which no signal interrupts, so that no handler of Python runs."""
     hang = "import ctypes; c, m = ctypes.CDLL(None), ctypes.create_string_buffer(64); c.pthread_mutex_lock(m)"
-    body = f"with StopRequest(1) as stop:\n    stop.begin()\n    {hang}; print(flush=True); c.pthread_mutex_lock(m)"
+    body = f"with StopRequest(1, 'it goes on so') as stop:\n    stop.begin()\n    {hang}; print(flush=True); c.pthread_mutex_lock(m)"
     command = [sys.executable, "-c", HEAD + body]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.readline()
         process.send_signal(signal.SIGUSR1)
         assert process.wait(timeout=60) == 75
         printed = process.stderr.read()
-    assert printed.startswith("megatron-nft: the grace time of 1 s is nearly over:") and printed.count("\n") == 1
+    assert printed.startswith("megatron-nft: the grace time of 1 s is nearly over:") and printed.endswith("; it goes on so\n")
 
 
 def sleep_long() -> None:

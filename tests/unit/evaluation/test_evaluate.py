@@ -1,6 +1,7 @@
 """An evaluation on fake engines: accuracies, seeds, sets with settings of their own. Neither the layout nor a stop changes anything."""
 
 import json
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,12 @@ from megatron_nft.config import Config, EvaluationConfig, EvaluationSetConfig, R
 from megatron_nft.errors import UserError
 from megatron_nft.evaluation import answers as kept
 from megatron_nft.evaluation.answers import Answers
-from megatron_nft.evaluation.evaluate import answers_expected, evaluate, write_results
+from megatron_nft.evaluation.evaluate import answers_expected, evaluate, summarise, write_results
 from megatron_nft.evaluation.problems import all_problems, check, requests
 from megatron_nft.prompts import PromptSet
 from megatron_nft.rewards import Judge
 from megatron_nft.stopping import Stopped
+from megatron_nft.trajectories import Verdict
 from tests.unit.rollout.fakes import CHANCE, MIXED, RIGHT, WRONG, FakeEngine, fake_prompt, on_ranks
 
 K = 3  # with the greedy answer 4 a problem: of MIXED the greedy one and the second sampled one are right
@@ -106,23 +108,94 @@ def test_stopped_and_gone_on_is_never_stopped(after, every, judge, tmp_path):
             raise Stopped("asked")
 
     with pytest.raises(Stopped):
-        run(FakeEngine(K + 1), judge, on_finish=stop, answers=Answers(tmp_path, WANTED, every=every))
-    there = Answers(tmp_path, WANTED).done
+        run(FakeEngine(K + 1), judge, on_finish=stop, answers=Answers(tmp_path, every=every))
+    there = kept.known(tmp_path, WANTED).done
     assert len(there) <= after / (K + 1) and (after < 30 or there)
 
     def go_on(engine: FakeEngine):
-        return run(engine, judge, answers=Answers(tmp_path, WANTED, engine.index, every)).summary, engine.requests
+        return run(engine, judge, answers=Answers(tmp_path, kept.known(tmp_path, WANTED), engine.index, every)).summary, engine.requests
 
     parts = on_ranks(2, K + 1, go_on)
     assert all(summary == expected for summary, _ in parts)
     assert sum(len(asked) for _, asked in parts) == (K + 1) * (11 - len(there))
-    assert Answers(tmp_path, WANTED).done == WANTED.keys()
+    assert kept.known(tmp_path, WANTED).done == WANTED.keys()
     engine = FakeEngine(K + 1)
-    assert run(engine, judge, answers=Answers(tmp_path, WANTED)).summary == expected and not engine.requests
+    assert run(engine, judge, answers=Answers(tmp_path, kept.known(tmp_path, WANTED))).summary == expected and not engine.requests
+
+
+class AllAtOnce:
+    """A judge whose verdicts come together, with the last one that is asked for; those of some numbers are errors."""
+
+    def __init__(self, bad: set[int]):
+        self._bad, self._asked, self.spoilt = bad, [], set()
+
+    def submit(self, response: str, prompt) -> Future:
+        number = len(self._asked)
+        self._asked.append(Future())
+        self.spoilt |= {prompt.id} if number in self._bad else set()
+        for i, future in enumerate(self._asked if number == (K + 1) * 11 - 1 else []):
+            if i in self._bad:
+                future.set_exception(UserError("a verdict is 7", "let it be 0 to 1"))
+            else:
+                future.set_result(Verdict(1.0, "right"))
+        return self._asked[-1]
+
+
+@pytest.mark.parametrize("bad", [{0}, {43}, {0, 4, 8, 12, 16}])
+def test_a_bad_verdict_costs_no_other_problem(bad, tmp_path):
+    judge = AllAtOnce(bad)
+    with pytest.raises(UserError, match="a verdict is 7"):
+        run(FakeEngine(K + 1), judge, answers=Answers(tmp_path))
+    every = {problem.key: problem.prompt.id for problem in all_problems(SETS, CONFIG)}
+    assert kept.known(tmp_path, WANTED).done == {key for key, name in every.items() if name not in judge.spoilt}
+    assert 1 <= len(judge.spoilt) <= len(bad)
+
+
+class Waiting(Future):
+    """A verdict that comes when it is waited for."""
+
+    def __init__(self, on_wait):
+        super().__init__()
+        self._on_wait = on_wait
+
+    def result(self, timeout=None) -> Verdict:
+        self._on_wait()
+        return Verdict(0.0, "timed_out")
+
+
+def test_what_is_judged_is_written_before_other_verdicts_are_waited_for(judge, tmp_path):
+    written = []
+
+    class Slow:
+        def submit(self, response, prompt):
+            wait = Waiting(lambda: written.append(len(kept.known(tmp_path, WANTED).done)))
+            return wait if prompt.id == "set/1" else judge.submit(response, prompt)
+
+    result = run(FakeEngine(K + 1), Slow(), answers=Answers(tmp_path, every=1e9))
+    assert written == [10] * (K + 1) and result.summary["sets"]["easy"]["outcomes"]["timed_out"] == K + 1
+
+
+def test_of_the_answers_nothing_stays_in_memory(judge):
+    responses = []
+    run(FakeEngine(K + 1), judge, on_finish=lambda _, response: responses.append(response))
+    assert len(responses) == (K + 1) * 11 and not any(one.text or one.token_ids or one.logprobs for one in responses)
+
+
+@pytest.mark.parametrize("change", ["lacks", "twice", "fewer"])
+def test_results_of_other_than_all_problems_are_refused(change, judge, tmp_path):
+    """As where the engines disagree on which are answered."""
+    run(FakeEngine(K + 1), judge, answers=Answers(tmp_path))
+    told = kept.known(tmp_path, WANTED).told
+    sampled = next(one for one in told if one.kind == "sampled")
+    others = [one for one in told if one is not sampled]
+    wrong = {"lacks": others, "twice": [*told, sampled], "fewer": [*others, replace(sampled, scores=sampled.scores[1:])]}[change]
+    summarise("m", told, SETS, CONFIG, {})
+    with pytest.raises(RuntimeError, match=f"sampled answers to the . problems of {sampled.set} are not all there, or"):
+        summarise("m", wrong, SETS, CONFIG, {})
 
 
 def test_the_saved_answers_are_all_that_was_said(judge, tmp_path):
-    run(FakeEngine(K + 1), judge, answers=Answers(tmp_path, WANTED))
+    run(FakeEngine(K + 1), judge, answers=Answers(tmp_path))
     rows = [row for file in kept.files(tmp_path) for row in kept.read(file)]
     assert len(rows) == (K + 1) * 11 and {row["kind"] for row in rows} == {"greedy", "sampled"}
     assert all(row["length"] == len(row["tokens"]) > 0 and row["response"].startswith("\\boxed{") and row["outcome"] for row in rows)

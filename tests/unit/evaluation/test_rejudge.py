@@ -14,12 +14,13 @@ from megatron_nft.evaluation import tables
 from megatron_nft.evaluation.answers import Answers
 from megatron_nft.evaluation.command import publish, settings_of, window_of
 from megatron_nft.evaluation.evaluate import evaluate
+from megatron_nft.evaluation.files import in_work
 from megatron_nft.evaluation.problems import all_problems
 from megatron_nft.evaluation.rejudge import rejudge
 from megatron_nft.evaluation.source import Source
 from megatron_nft.prompts import PromptSet
 from megatron_nft.rewards import Judge
-from megatron_nft.trajectories import Prompt
+from megatron_nft.trajectories import Prompt, Response, Verdict
 from tests.support import ROOT
 from tests.unit.rollout.fakes import CHANCE, RIGHT, FakeEngine, fake_prompt
 
@@ -38,10 +39,10 @@ def config_of(run_dir: Path) -> Config:
 def evaluated(run_dir: Path, name: str = "m") -> dict:
     """As `megatron-nft evaluate` does it, but for the engine."""
     config, directory = config_of(run_dir), kept.directory_of(run_dir, name)
-    kept.begin(directory, settings_of(SETS, config, Source(MODEL, MODEL, name), "fp32"), True, True)
     wanted = {problem.key: problem.sampling.answers for problem in all_problems(SETS, config)}
+    known = kept.begin(directory, settings_of(SETS, config, Source(MODEL, MODEL, name), "fp32", 99), wanted, True)
     with Judge({}, "strict_box", 1, 1) as judge:
-        summary = evaluate(FakeEngine(3), judge, SETS, config, str(MODEL), answers=Answers(directory, wanted)).summary
+        summary = evaluate(FakeEngine(3), judge, SETS, config, str(MODEL), answers=Answers(directory, known)).summary
     publish(run_dir, name, summary)
     return summary
 
@@ -93,11 +94,56 @@ def test_what_cannot_be_judged_again(run_dir, tmp_path):
     config.evaluation.sets[0].reward = f"{run_dir / 'broken.py'}:broken"
     with pytest.raises(UserError, match="broken' returned '7'"):
         rejudge(config, "m")
-    assert not list(run_dir.glob("evaluations/m.answers/*.judged")) and saved(run_dir) == before
+    assert not in_work(run_dir / "evaluations/m.answers").exists() and saved(run_dir) == before
     kept.files(run_dir / "evaluations/m.answers")[0].unlink()
     with pytest.raises(UserError, match="lacks the answers to 7 problems"):
         rejudge(config, "m")
     assert saved(run_dir) == before
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def test_nobody_else_is_at_it_and_a_kill_changes_nothing(run_dir, monkeypatch):
+    directory, config = kept.directory_of(run_dir, "m"), config_of(run_dir)
+    config.evaluation.sets[0].reward = "dapo"
+    (directory / "part-7-00000.parquet.damaged").write_text("of an earlier start")
+    before = content(directory)
+    with kept.held(directory), pytest.raises(UserError, match="is being written by another"):
+        rejudge(config, "m")
+    with monkeypatch.context() as patched:
+        patched.setattr("megatron_nft.evaluation.rejudge.swap", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):  # when all verdicts are there
+            rejudge(config, "m")
+    assert content(directory) == before and not in_work(directory).exists()
+    assert rejudge(config, "m").startswith("18 of 21")  # no answer line: every verdict is another
+    assert content(directory).keys() == before.keys() and content(directory) != before
+
+
+def test_sets_that_were_never_finished_are_left_as_they_are(run_dir):
+    directory = kept.directory_of(run_dir, "m")
+    settings = kept.read_settings(directory)
+    settings["sets"]["late"] = settings["sets"]["more"] | {"problems": 2}
+    (directory / "settings.json").write_text(json.dumps(settings))
+    answers = Answers(directory)
+    one = Response([1], [-0.5], "stop", 0, "\\boxed{1}", verdict=Verdict(0.0, "wrong"))
+    answers.add(("late", 1), Prompt("late/1", "1?", "1", (), "late"), {"greedy": [one], "sampled": [one, one]})
+    answers.flush()
+    before = saved(run_dir)
+    printed = rejudge(config_of(run_dir))
+    assert printed.startswith("0 of 21 verdicts changed; ") and "late is not finished (it lacks 1 problems)" in printed
+    assert saved(run_dir)["sets"] == before["sets"]
+    rows = [row for file in kept.files(directory) for row in kept.read(file) if row["set"] == "late"]
+    assert [row["outcome"] for row in rows] == ["wrong"] * 3
+
+
+def test_the_settings_follow_the_verdicts(run_dir):
+    config = config_of(run_dir)
+    config.reward.time_limit, config.evaluation.sets[0].reward = 9, "dapo"
+    rejudge(config, "m")
+    settings = settings_of(SETS, config, Source(MODEL, MODEL, "m"), "fp32", 99)
+    assert kept.differences(kept.read_settings(kept.directory_of(run_dir, "m")), settings) == []
 
 
 def test_the_command(run_dir, tmp_path, capsys):
@@ -132,6 +178,31 @@ def test_the_report_of_a_directory_with_evaluations_alone(run_dir):
     assert summary.startswith("m\nset ") and summary.endswith(f"report: {run_dir / 'report.html'}")
     (run_dir / "evaluations" / "notes.json").write_text("[]")  # no results: passed over
     assert report.summary(run_dir) == summary
+
+
+def test_answers_that_cannot_be_read_cost_no_report(run_dir, monkeypatch):
+    """Half a file, and one that the system refuses; what can be read is read once, for the page."""
+    directory = kept.directory_of(run_dir, "m")
+    (directory / "part-0-00001.parquet").write_bytes(kept.files(directory)[0].read_bytes()[:-9])
+    (directory / "part-0-00002.parquet").symlink_to(directory / "nowhere")
+    files, read = [], kept.read
+    monkeypatch.setattr(kept, "read", lambda file, columns: files.append(file.name) or read(file, columns))
+    kept.files(directory)[0].rename(directory / "part-1-00000.parquet")
+    text = report.write_report(run_dir).read_text()
+    report.summary(run_dir)
+    assert "\\boxed{1}" in text and files == ["part-0-00001.parquet", "part-0-00002.parquet", "part-1-00000.parquet"]
+
+
+@pytest.mark.parametrize("metrics", ["", '{"step": 0, "ti'])
+def test_a_training_without_a_step_costs_no_report(metrics, run_dir):
+    (run_dir / "metrics.jsonl").write_text(metrics)
+    assert "Evaluation m" in report.write_report(run_dir).read_text() and report.summary(run_dir).startswith("m\nset ")
+
+
+def test_a_broken_training_costs_no_table(run_dir):
+    (run_dir / "metrics.jsonl").write_text('{"step": \n{"step": 1}\n')
+    printed = publish(run_dir, "m", saved(run_dir))
+    assert printed.startswith("set ") and "no page: line 1 of" in printed and printed.endswith("is not JSON: remove that line")
 
 
 def test_no_problem_is_too_long_for_the_window(tmp_path, caplog):

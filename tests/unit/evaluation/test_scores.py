@@ -10,7 +10,6 @@ import pytest
 from megatron_nft.config import SetSampling
 from megatron_nft.evaluation.scores import (
     Answered,
-    bootstrap,
     majority,
     mean_interval,
     mean_of_sets,
@@ -80,9 +79,9 @@ def test_wilson():
 
 def test_bootstrap_is_the_spread_of_the_mean():
     """For 200 yes-or-no values the interval is 0.5 -+ 1.96 sqrt(0.25 / 200) = 0.069, up to the resampling's own noise."""
-    low, high = bootstrap([0.0, 1.0] * 100)
+    low, high = mean_interval([[0.0, 1.0] * 100])
     assert low == pytest.approx(0.431, abs=0.01) and high == pytest.approx(0.569, abs=0.01)
-    assert bootstrap([0.25] * 9) == (0.25, 0.25)
+    assert mean_interval([[0.25] * 9]) == (0.25, 0.25)
 
 
 def test_resampled_means_are_of_problems_drawn_again():

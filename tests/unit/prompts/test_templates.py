@@ -26,10 +26,10 @@ def chat_text(question: str, tokenizer, data: DataConfig, turns: Sequence[dict] 
 
 def test_earlier_turns_are_kept_and_the_configured_system_turn_wins(tokenizer):
     turns = [{"role": "system", "content": "old"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert chat_text("q", tokenizer, DataConfig(), turns).startswith("<|system|>old<|end|><|user|>a<|end|>")
-    assert chat_text("q", tokenizer, DataConfig(system="new"), turns).startswith("<|system|>new<|end|><|user|>a<|end|>")
+    assert Template.load(tokenizer, DataConfig()).text("q", turns).startswith("<|system|>old<|end|><|user|>a<|end|>")
+    assert Template.load(tokenizer, DataConfig(system="new")).text("q", turns).startswith("<|system|>new<|end|><|user|>a<|end|>")
     with pytest.raises(UserError, match="refuses a conversation of tool, user .no tools here"):
-        chat_text("q", tokenizer, DataConfig(), [{"role": "tool", "content": "x"}])
+        Template.load(tokenizer, DataConfig()).text("q", [{"role": "tool", "content": "x"}])
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
@@ -82,7 +82,7 @@ def test_the_plain_template_begins_as_the_tokenizer_begins_a_text(tmp_path):
 def test_a_template_of_ones_own(tmp_path, tokenizer):
     path = tmp_path / "own.jinja"
     path.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[me] {% endif %}")
-    assert chat_text("q", tokenizer, DataConfig(template=str(path), system="S")) == "[system] S\n[user] q\n[me] "
+    assert Template.load(tokenizer, DataConfig(template=str(path), system="S")).text("q") == "[system] S\n[user] q\n[me] "
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 
 from megatron_nft.errors import UserError
 from megatron_nft.rewards.boxed import strict_box
-from megatron_nft.rewards.functions import as_verdict, resolve
+from megatron_nft.rewards.functions import as_verdict, code_of, resolve
 from megatron_nft.trajectories import Verdict
 
 SOURCE = "THRESHOLD = 1\n\ndef good(response, answer):\n    return 1.0\n\ndef three(response, answer, extra):\n    return 1.0\n"
@@ -53,3 +53,14 @@ def test_results():
 def test_an_array_is_no_verdict():
     with pytest.raises(UserError, match="returned"):
         as_verdict(numpy.array([0.5, 0.5]), "f")
+
+
+def test_the_code_of_a_users_function_is_told_apart(tmp_path, monkeypatch):
+    (tmp_path / "megatron_nft_toy_verdict.py").write_text("def f(response, answer):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    names = f"{tmp_path}/megatron_nft_toy_verdict.py:f", "megatron_nft_toy_verdict:f"
+    before = {code_of(name) for name in names}
+    (tmp_path / "megatron_nft_toy_verdict.py").write_text("def f(response, answer):\n    return 0.0\n")
+    after = {code_of(name) for name in names}
+    assert len(before) == len(after) == 1 and before != after and None not in before
+    assert [code_of(name) for name in ("strict_box", "nowhere.py:f", "no_such_package.module:f", "")] == [None] * 4
