@@ -1,7 +1,6 @@
 """Templates: chat, plain and Jinja files; instructions by name; worked examples."""
 
 import json
-from collections.abc import Sequence
 
 import pytest
 
@@ -18,10 +17,6 @@ BOXED = "Please reason step by step, and put your final answer within \\boxed{}.
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return load_tokenizer(byte_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-
-
-def chat_text(question: str, tokenizer, data: DataConfig, turns: Sequence[dict] = ()) -> str:
-    return Template.load(tokenizer, data).text(question, turns)
 
 
 def test_earlier_turns_are_kept_and_the_configured_system_turn_wins(tokenizer):
