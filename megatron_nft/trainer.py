@@ -11,7 +11,7 @@ from typing import Self
 from megatron_nft import batching, objectives, policy, prompts, rollout, saves, watchdog
 from megatron_nft.config import Config, max_model_len, save
 from megatron_nft.errors import UserError
-from megatron_nft.evaluation import evaluate, problems
+from megatron_nft.evaluation import evaluate
 from megatron_nft.logbook import Logbook, check_writable, held, remove_later
 from megatron_nft.policy import checkpoint, exchange
 from megatron_nft.prompts import Cursor, PromptSet
@@ -76,10 +76,7 @@ class Given:
         if config.replay:
             rollout.check_replay(config, tokenizer)
             return cls(training, {}, found)
-        validation = prompts.load_sets(config.evaluation.sets, tokenizer, config.data)
-        if validation:
-            problems.check(validation, config)
-        return cls(training, validation, found)
+        return cls(training, prompts.load_sets(config.evaluation.sets, tokenizer, config.data), found)
 
 
 def check_together(config: Config) -> None:

@@ -67,16 +67,17 @@ def _check_pairs(config: Config) -> None:
 def _check_evaluation(config: Config) -> None:
     """What single sets say, and the names of results and checkpoint."""
     for dataset in config.evaluation.sets:
+        name = dataset_name(dataset)
         for key, least in (("k", 0), ("temperature", _LEAST["evaluation.temperature"]), ("max_tokens", 1)):
             value = getattr(dataset, key)
             if value is not None and not (value >= least and math.isfinite(value)):
-                raise UserError(f"{key} of the set {dataset_name(dataset)} is {value}", f"use a finite number, {least} or more")
+                raise UserError(f"{key} of the set {name} is {value}", f"use a finite number, {least} or more")
+        if not set_sampling(config, dataset).answers:
+            raise UserError(f"greedy is false and k is 0 for the set {name}", "ask for a greedy answer or for k sampled ones")
         if set_sampling(config, dataset).k > MOST_ANSWERS:
-            raise UserError(
-                f"k of the set {dataset_name(dataset)} is over {MOST_ANSWERS}", "use less: all requests are in memory at a time"
-            )
+            raise UserError(f"k of the set {name} is over {MOST_ANSWERS}", "use less: all requests are in memory at a time")
         if dataset.top_p is not None and not 0 < dataset.top_p <= 1:
-            raise UserError(f"top_p of the set {dataset_name(dataset)} is {dataset.top_p}", "use a number above 0, up to 1")
+            raise UserError(f"top_p of the set {name} is {dataset.top_p}", "use a number above 0, up to 1")
     name, chosen = config.evaluation.name, config.evaluation.checkpoint
     if name is not None and (not re.fullmatch(r"\w[\w.+@=-]{,99}", name) or re.fullmatch(r"step_\d+", name)):
         raise UserError(

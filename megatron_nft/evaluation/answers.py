@@ -16,7 +16,7 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
-from megatron_nft.errors import UserError
+from megatron_nft.errors import UserError, first_line
 from megatron_nft.evaluation.files import recover, set_aside, write_whole
 from megatron_nft.evaluation.scores import Answered
 from megatron_nft.locks import exclusive
@@ -109,11 +109,15 @@ def read_settings(directory: Path) -> dict:
     """What an evaluation was begun with. Raises UserError where there is none, or its file is damaged."""
     file = directory / "settings.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if all(isinstance(one, dict) for one in settings["sets"].values()):
+            return settings
+        problem = "a set without settings"
     except FileNotFoundError:
         raise nothing_at(directory) from None
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error})", f"remove {directory}, or use resume=false") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = first_line(error)
+    raise UserError(f"{file} is damaged ({problem})", f"remove {directory}, or use resume=false")
 
 
 def nothing_at(directory: Path) -> UserError:

@@ -18,7 +18,7 @@ from megatron_nft.evaluation import tables
 from megatron_nft.evaluation.answers import Answers, Known
 from megatron_nft.evaluation.evaluate import Evaluation, answers_expected, evaluate, summarise, write_results
 from megatron_nft.evaluation.files import write_whole
-from megatron_nft.evaluation.problems import all_problems, check
+from megatron_nft.evaluation.problems import all_problems
 from megatron_nft.evaluation.source import Source
 from megatron_nft.logbook import progress
 from megatron_nft.prompts import PromptSet, load_sets, load_tokenizer
@@ -41,7 +41,8 @@ def evaluate_model(config: Config, source: Source, precision: str, stop: StopReq
     """
     arguments.check(config.rollout)
     prompt_sets = load_sets(config.evaluation.sets, load_tokenizer(config.model.path), replace(config.data, max_prompt_length=sys.maxsize))
-    check(prompt_sets, config)
+    if not prompt_sets:
+        raise UserError("there is no problem to evaluate on", "name data sets under evaluation.sets")
     window = window_of(prompt_sets, config)
     directory = kept.directory_of(config.run_dir, source.name)
     wanted = {problem.key: problem.sampling.answers for problem in all_problems(prompt_sets, config)}

@@ -168,11 +168,17 @@ def read(file: Path) -> dict:
     """The results in a file. Raises UserError for another kind of file."""
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
-        if all("by_problem" in result and "fingerprint" in result for result in summary["sets"].values()) and summary["label"]:
+        if summary["label"] and summary["sets"] and all(map(_is_result, summary["sets"].values())):
             return summary
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise UserError(f"{file} holds no results of an evaluation", "give a NAME.json that `megatron-nft evaluate` or a training wrote")
+
+
+def _is_result(result: dict) -> bool:
+    """Whether this is what scores.set_result and evaluate.summarise make of a set."""
+    rows = result["by_problem"]
+    return "k" in result["settings"] and "fingerprint" in result and bool(rows) and all("id" in row for row in rows)
 
 
 def _check_same(name: str, one: dict, other: dict, first: Path, second: Path) -> None:

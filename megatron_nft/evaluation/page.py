@@ -44,6 +44,8 @@ def _shown(folder: Path, name: str) -> Shown | None:
         summary = compare.read(folder / f"{name}.json")
     except UserError:  # another kind of file
         return None
+    if not all("outcomes" in result and "reward" in result["settings"] for result in summary["sets"].values()):
+        return None
     parts = [
         ("Accuracy", [tables.header(summary), *tables.rows(summary)]),
         ("pass@j", [tables.pass_header(summary), *tables.pass_rows(summary)]),

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from megatron_nft.config import Config, SetSampling, samplings
-from megatron_nft.errors import UserError
 from megatron_nft.prompts import PromptSet
 from megatron_nft.rollout import Request
 from megatron_nft.rollout.queue import seed_of
@@ -25,15 +24,6 @@ class Problem:
     def key(self) -> tuple[str, int]:
         """What tells it from the others."""
         return self.set, self.position
-
-
-def check(prompt_sets: dict[str, PromptSet], config: Config) -> None:
-    """Raise UserError where there is nothing to do."""
-    if not prompt_sets:
-        raise UserError("there is no problem to evaluate on", "name data sets under evaluation.sets")
-    for name, sampling in samplings(config).items():
-        if not sampling.answers:
-            raise UserError(f"greedy is false and k is 0 for the set {name}", "ask for a greedy answer or for k sampled ones")
 
 
 def all_problems(prompt_sets: dict[str, PromptSet], config: Config) -> list[Problem]:

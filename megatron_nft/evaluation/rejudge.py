@@ -16,6 +16,7 @@ from megatron_nft.evaluation.scores import mean_of_sets, set_result
 from megatron_nft.evaluation.source import find, name_of
 from megatron_nft.rewards import Judge
 
+_OF_A_SET = {*SetSampling.__dataclass_fields__, "problems", "fingerprint", "reward"}
 AT_A_TIME = 4096  # answers that wait for verdicts
 
 
@@ -36,6 +37,8 @@ def rejudge(config: Config, name: str | None = None) -> str:
 
 def _rejudge(config: Config, name: str, directory: Path) -> str:
     settings = kept.read_settings(directory)
+    if not ({"model", "seed"} <= settings.keys() and all(one.keys() >= _OF_A_SET for one in settings["sets"].values())):
+        raise UserError(f"{directory / 'settings.json'} is damaged (it lacks settings)", "evaluate again with resume=false")
     missing = _missing(directory, settings)
     finished = settings["sets"].keys() - missing.keys()
     if not finished:

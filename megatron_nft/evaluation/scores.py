@@ -4,7 +4,7 @@ Every number is a mean over problems of something that is known of each problem:
 that j of its k answers hold a right one, maj@k of the verdict of the answer that most of the k gave. The 95 % intervals resample problems
 (percentile bootstrap, 2,000 resamples): answers to one problem are not independent, problems are. Where all problems are alike the
 interval has no width, which says more about the number of problems than about the model. A greedy accuracy is a share of yes-or-no
-trials and has Wilson's interval.
+trials and has Wilson's interval, unless a verdict function gives parts of a point.
 """
 
 import math
@@ -63,7 +63,8 @@ def set_result(answered: list[Answered], sampling: SetSampling) -> dict:
     result: dict = {"problems": len(greedy or sampled)}
     if greedy:
         result["greedy"] = sum(one.score for one in greedy) / len(greedy)
-        result["greedy_interval"] = wilson(result["greedy"], len(greedy))
+        scores = [one.score for one in greedy]
+        result["greedy_interval"] = wilson(result["greedy"], len(greedy)) if {*scores} <= {0.0, 1.0} else mean_interval([scores])
     if sampled:
         result |= _sampled_result(sampled, sampling.k)
     return result | answers_told(answered) | {"by_problem": _by_problem(greedy, sampled)}

@@ -65,9 +65,10 @@ def test_others_are_refused_or_begin_anew(now, said, tmp_path):
 
 def test_damaged_settings_are_one_line(tmp_path):
     kept.begin(tmp_path, SETTINGS, WANTED, True)
-    (tmp_path / "settings.json").write_text('{"seed": ')
-    with pytest.raises(UserError, match="settings.json is damaged"):
-        kept.begin(tmp_path, SETTINGS, WANTED, True)
+    for damaged in ('{"seed": ', "{}", "[1]", '{"sets": {"a": 1}}'):
+        (tmp_path / "settings.json").write_text(damaged)
+        with pytest.raises(UserError, match="settings.json is damaged"):
+            kept.begin(tmp_path, SETTINGS, WANTED, True)
     with pytest.raises(UserError, match="no answers at"):
         kept.read_settings(tmp_path / "nowhere")
 

@@ -86,6 +86,9 @@ def test_what_is_refused(tmp_path):
         (summary({"easy": [1, 2, 3]}), "different problems in easy .1 are in one only, e.g. easy/3"),
         (summary({"other": [1]}), "no set in common"),
         ({"sets": 3}, "holds no results"),
+        ({"label": "m", "sets": {}}, "holds no results"),
+        ({"label": "m", "sets": {"a": {"fingerprint": "f", "by_problem": [{"id": "a/0"}]}}}, "holds no results"),
+        ({"label": "m", "sets": {"a": {"settings": SETTINGS, "fingerprint": "f", "by_problem": [{}]}}}, "holds no results"),
     ):
         with pytest.raises(UserError, match=said):
             compare(a, write(tmp_path / "b", "m", other))

@@ -11,7 +11,7 @@ from megatron_nft.errors import UserError
 from megatron_nft.evaluation import answers as kept
 from megatron_nft.evaluation.answers import Answers
 from megatron_nft.evaluation.evaluate import answers_expected, evaluate, summarise, write_results
-from megatron_nft.evaluation.problems import all_problems, check, requests
+from megatron_nft.evaluation.problems import all_problems, requests
 from megatron_nft.prompts import PromptSet
 from megatron_nft.rewards import Judge
 from megatron_nft.stopping import Stopped
@@ -204,11 +204,3 @@ def test_the_saved_answers_are_all_that_was_said(judge, tmp_path):
 def test_the_file(judge, tmp_path):
     summary = run(FakeEngine(K + 1), judge).summary
     assert json.loads(write_results(tmp_path, "step_3", summary).read_text()) == json.loads(json.dumps(summary))
-
-
-def test_nothing_to_do_is_refused():
-    with pytest.raises(UserError, match="no problem"):
-        check({}, CONFIG)
-    config = replace(CONFIG, evaluation=EvaluationConfig(k=0, sets=[DATA[0], replace(DATA[1], greedy=False)]))
-    with pytest.raises(UserError, match="greedy is false and k is 0 for the set chance"):
-        check(SETS, config)

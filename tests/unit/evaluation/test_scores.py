@@ -1,6 +1,7 @@
 """Estimates and intervals, against counting and against closed forms."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from statistics import fmean
 
@@ -62,6 +63,12 @@ def test_a_set_by_hand():
     assert result["greedy_interval"] == wilson(0.5, 2) and result["avg@4_interval"] == (0.25, 0.5) and result["no_answer_share"] == 0
     assert result["by_problem"] == [{"id": "s/0", "n": 4, "correct": 1, "score": 0.25, "greedy": 1.0},
                                     {"id": "s/1", "n": 4, "correct": 2, "score": 0.5, "greedy": 0.0}]  # fmt: skip
+
+
+def test_greedy_verdicts_that_are_parts_of_a_point_have_no_interval_of_yes_and_no():
+    greedy = [replace(answered(i, "greedy", [False]), scores=(0.25,)) for i in range(4)]
+    result = set_result(greedy, SetSampling(True, 0, 1.0, 1.0, 9))
+    assert result["greedy"] == 0.25 and result["greedy_interval"] == (0.25, 0.25)
 
 
 def test_no_majority_where_the_verdict_function_tells_no_answers():
