@@ -37,7 +37,7 @@ test: setup
 	$(RUN) -m pytest tests/unit tests/distributed tests/end_to_end
 
 test-fast: setup
-	$(RUN) -m pytest tests/unit
+	$(RUN) -m pytest tests/unit -m "not slow"
 
 test-long: setup
 	MEGATRON_NFT_LONG=1 $(RUN) -m pytest tests/unit tests/distributed tests/end_to_end

@@ -218,6 +218,7 @@ def test_duration(seconds, text):
     assert logbook.duration(seconds) == text
 
 
+@pytest.mark.slow
 def test_a_real_offline_wandb_run(tmp_path):
     wandb = pytest.importorskip("wandb")
     settings = LoggingConfig(wandb="offline", project="test", name="first")

@@ -2,6 +2,8 @@
 
 import sys
 
+import pytest
+
 from tests.support import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -17,6 +19,7 @@ def test_groups_hold_spellings_of_the_gold_and_other_golds():
         assert len(answers) == rewards.K and set(answers) <= {*golds, *rewards.spellings(prompt.answer)}
 
 
+@pytest.mark.slow
 def test_it_measures():
     found = rewards.measure([r"\frac{1}{2}", r"2\sqrt{3}", "x+1", "7"], ["x+2", "x+3"])
     assert min(found[name] for name in ("strict_box", "dapo", "math_verify", "plain", "ratio")) > 0 and found["agree"] > 0.9

@@ -58,6 +58,7 @@ def test_peaks(device, fp8, expected):
     assert flops.peak(device, fp8) == expected
 
 
+@pytest.mark.slow
 def test_the_script_runs(tmp_path):
     output = tmp_path / "out.json"
     command = [sys.executable, "benchmarks/gpu/train_step.py", "--tiny", "--tokens", "128", "256", "--steps", "1", "--json", str(output)]

@@ -74,6 +74,7 @@ def test_written_files_share_no_formula_in_any_wording(tmp_path):
     assert len(set.union(*formulas)) == sum(map(len, formulas))
 
 
+@pytest.mark.slow
 def test_the_shipped_files_are_those_of_the_script_and_disjoint(tmp_path):
     make_data.write(tmp_path, make_data.SIZES, seed=1)
     formulas = {}

