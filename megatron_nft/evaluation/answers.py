@@ -17,8 +17,9 @@ from operator import itemgetter
 from pathlib import Path
 
 from megatron_nft.errors import UserError, first_line
-from megatron_nft.evaluation.files import recover, set_aside, write_whole
+from megatron_nft.evaluation.files import recover, set_aside
 from megatron_nft.evaluation.scores import Answered
+from megatron_nft.files import write_parquet, write_whole
 from megatron_nft.locks import exclusive
 from megatron_nft.trajectories import Prompt, Response
 
@@ -158,7 +159,7 @@ def readable(file: Path, columns: list[str] | None = None, retire: bool = False)
         if getattr(error, "errno", None) is not None:  # the system's; Arrow's own of a damaged file has none
             mend = "try again, or move it away, and its problems are answered again"
             raise UserError(f"{file} cannot be read ({os.strerror(error.errno)})", mend) from None
-        _log.warning("passing over %s, which is damaged (%s)", file, (str(error).splitlines() or [type(error).__name__])[0])
+        _log.warning("passing over %s, which is damaged (%s)", file, first_line(error))
     if retire:
         file.rename(file.with_name(file.name + ".damaged"))
     return []
@@ -166,13 +167,7 @@ def readable(file: Path, columns: list[str] | None = None, retire: bool = False)
 
 def write(file: Path, rows: list[dict]) -> None:
     """Complete or not at all."""
-    import pyarrow
-    import pyarrow.parquet
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".unfinished")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_schema()), part)
-    os.replace(part, file)
+    write_parquet(file, rows, _schema())
 
 
 def prompt_of(row: dict) -> Prompt:

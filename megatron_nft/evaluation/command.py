@@ -17,9 +17,9 @@ from megatron_nft.evaluation import answers as kept
 from megatron_nft.evaluation import tables
 from megatron_nft.evaluation.answers import Answers, Known
 from megatron_nft.evaluation.evaluate import Evaluation, answers_expected, evaluate, summarise, write_results
-from megatron_nft.evaluation.files import write_whole
 from megatron_nft.evaluation.problems import all_problems
 from megatron_nft.evaluation.source import Source
+from megatron_nft.files import write_whole
 from megatron_nft.logbook import progress
 from megatron_nft.prompts import PromptSet, load_sets, load_tokenizer
 from megatron_nft.rewards import Judge

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from megatron_nft import watchdog
 from megatron_nft.config import Config, SetSampling, dataset_name, samplings
-from megatron_nft.evaluation.files import write_whole
 from megatron_nft.evaluation.problems import Problem, all_problems, by_kind, requests
 from megatron_nft.evaluation.scores import Answered, mean_of_sets, set_result
+from megatron_nft.files import write_whole
 from megatron_nft.prompts import PromptSet
 from megatron_nft.rewards import Judge
 from megatron_nft.rollout import Engine

@@ -1,18 +1,8 @@
-"""Files of results: whole or not there, and never written over where something would be lost."""
+"""Results that take the place of others: set aside or swapped, so that nothing is lost."""
 
 import itertools
-import os
 import shutil
 from pathlib import Path
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Write a text file, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-    return path
 
 
 def set_aside(*paths: Path) -> None:

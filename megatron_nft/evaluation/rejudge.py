@@ -11,9 +11,10 @@ from megatron_nft.errors import UserError
 from megatron_nft.evaluation import answers as kept
 from megatron_nft.evaluation import compare
 from megatron_nft.evaluation.command import judged_by, publish
-from megatron_nft.evaluation.files import free_names, in_work, swap, write_whole
+from megatron_nft.evaluation.files import free_names, in_work, swap
 from megatron_nft.evaluation.scores import mean_of_sets, set_result
 from megatron_nft.evaluation.source import find, name_of
+from megatron_nft.files import write_whole
 from megatron_nft.rewards import Judge
 
 _OF_A_SET = {*SetSampling.__dataclass_fields__, "problems", "fingerprint", "reward"}

@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_nft.config import BENCHMARKS, Config, DatasetConfig, dataset_name
 from megatron_nft.errors import UserError
+from megatron_nft.files import write_whole
 from megatron_nft.prompts.instructions import strip_instruction
 from megatron_nft.prompts.rows import load_rows
 from megatron_nft.prompts.sets import distinct_rows
@@ -184,15 +185,12 @@ def _as_json(found: dict[str, Touched], count: int, run: int) -> dict[str, Any]:
 
 def _write(path: Path, text: str) -> None:
     """Complete or not at all."""
-    part = path.with_name(path.name + ".part")
     try:
         _check_place(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        write_whole(path, text)
     except OSError as error:
         with suppress(OSError):
-            part.unlink()
+            path.with_name(path.name + ".part").unlink()
         raise UserError(f"cannot write {path} ({error.strerror})", "name another file") from None
 
 

@@ -2,12 +2,12 @@
 coefficients_N.parquet, how hard the updates pushed the tokens of a few of them."""
 
 import itertools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from megatron_nft.files import write_parquet
 from megatron_nft.trajectories import Group, Prompt, Pushes, Response, Verdict
 
 
@@ -19,7 +19,7 @@ def rollout_path(run_dir: str | Path, step: int, engine: int = 0, engines: int =
 def write_rollouts(path: str | Path, step: int, groups: list[Group]) -> None:
     """Write groups as parquet, complete or not at all (a temporary name, then a rename)."""
     rows = [_row(step, group, sample, response) for group in groups for sample, response in enumerate(group.responses)]
-    _write(Path(path), rows, _schema())
+    write_parquet(Path(path), rows, _schema())
 
 
 def write_carried(directory: Path, groups: list[Group], engine: int = 0) -> list[Path]:
@@ -41,7 +41,7 @@ def write_coefficients(run_dir: str | Path, step: int, pushes: list[Pushes]) -> 
     """Write R and c of the answers that were watched as rollouts/coefficients_N.parquet. A row's `position` and `sample` are those of its
     answer in step_N.parquet; null is a token that is not trained on."""
     rows = [{"step": step, **{name: getattr(one, field) for name, field in _PUSHES.items()}} for one in pushes]
-    _write(_coefficients_path(run_dir, step), rows, _coefficients_schema())
+    write_parquet(_coefficients_path(run_dir, step), rows, _coefficients_schema())
 
 
 def read_coefficients(run_dir: str | Path, step: int) -> list[Pushes]:
@@ -65,17 +65,6 @@ def _coefficients_schema():
 
     integer, reals = pa.int64(), pa.list_(pa.float32())
     return pa.schema({"step": integer, "position": integer, "sample": integer, "R": reals, "c": reals})
-
-
-def _write(path: Path, rows: list[dict], schema) -> None:
-    """Complete or not at all: a temporary name, then a rename."""
-    import pyarrow
-    import pyarrow.parquet
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), part)
-    os.replace(part, path)
 
 
 def read_rollouts(path: str | Path, index: int = 0, count: int = 1) -> list[Group]:
