@@ -42,7 +42,7 @@ class Layout:
     data_parallel_size: int  # replicas; context-parallel ranks share one
     tokens_per_micro_batch: int  # the budget: slots of a micro-batch, over all context-parallel ranks
     prompts_per_update: int
-    attention_cost: float = 0.0  # of a token for each token of its sequence, in what its linear layers cost (policy.flops)
+    attention_cost: float = 0.0  # of a token for each token of its sequence, in what its linear layers cost (flops.py)
     length_multiple: int | None = None  # micro-batches of a mini-batch as short as they can be, in multiples of this; None: the budget
     count_multiple: int = 1  # every replica has a multiple of so many micro-batches (interleaved pipeline: its size)
     sequence_multiple: int = 1  # every answer takes up a multiple of so many slots (context parallelism: 2 x its size)

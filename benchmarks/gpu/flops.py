@@ -1,6 +1,6 @@
 """Floating-point operations of a training step, counted the usual way: 6 a weight and token, and the attention."""
 
-from megatron_nft.policy.flops import attention_flops, linear_flops
+from megatron_nft.flops import attention_flops, linear_flops
 
 PEAK = {  # dense, operations a second, by a part of the device's name: (bf16, FP8), from the vendor's data sheets
     "H100": (989e12, 1979e12),

@@ -333,6 +333,28 @@ class SftConfig:
 
 
 @dataclass
+class PlanConfig:
+    """The cluster and the workload that `megatron-nft plan` reckons with. A run does not read them."""
+
+    gpu: str = "H100"  # H100 | H200 | A100 | B200: the SXM forms (planner/hardware.py)
+    nodes: int | None = None  # all of the allocation's, those of rollout.served's servers included
+    gpus_per_node: int = 8
+    mixed_share: float = 0.4  # of the groups that are sent, those with right and wrong answers: the others are thrown away
+    # tokens of an answer: log-normal, cut at rollout.max_tokens
+    mean_response_length: int | None = None  # before the cut; default: a quarter of rollout.max_tokens
+    response_length_sigma: float = 0.8  # of the logarithm
+    mean_prompt_length: int = 150  # tokens
+
+
+@dataclass
+class ProfileConfig:
+    """torch.profiler's trace of some steps on some ranks: run_dir/profile/step_N-rankR.json.gz, for Perfetto or chrome://tracing."""
+
+    steps: list[int] = field(default_factory=list)  # rollout steps; none: no profiler
+    ranks: list[int] = field(default_factory=lambda: [0])
+
+
+@dataclass
 class Config:
     run_dir: str = MISSING
     preset: list[str] = field(default_factory=list)  # published runs (config/presets), below this file's own settings
@@ -352,6 +374,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 def value_of(config: Config, key: str) -> Any:

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_nft import watchdog
+from megatron_nft import flops, watchdog
 from megatron_nft.batching import Layout, Plan, TrainingAnswer, join, pack, split
 from megatron_nft.config import Config, ObjectiveConfig
 from megatron_nft.errors import UserError
 from megatron_nft.objectives import MEASURED
-from megatron_nft.policy import checkpoint, context, exchange, flops, losses, model, optimizer, versions
+from megatron_nft.policy import checkpoint, context, exchange, losses, model, optimizer, versions
 from megatron_nft.policy.logprobs import Head
 from megatron_nft.policy.losses import Objective
 from megatron_nft.policy.offload import LEVELS, Offload

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megatron_nft.policy.flops import linear_flops
+from megatron_nft.flops import linear_flops
 from tests.support import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_nft.policy.flops import attention_cost, attention_flops, linear_flops
+from megatron_nft.flops import attention_cost, attention_flops, linear_flops
 
 SMALL = dict(
     hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=24, intermediate_size=160, vocab_size=500
