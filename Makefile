@@ -8,6 +8,9 @@ DEMO_RUN ?= runs/demo
 DEMO_ARGS ?=
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= $(shell nproc)
+# two files of tests at a time, each process with one thread: most of their time goes by in one
+TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile
+ALL := tests/end_to_end tests/distributed tests/unit
 
 .PHONY: setup demo test test-fast test-long test-gpu reproduce reproduce-quick lint clean
 
@@ -34,13 +37,13 @@ reproduce-quick: setup
 	$(RUN) examples/reproduction/reproduce.py --quick $(REPRODUCE_ARGS)
 
 test: setup
-	$(RUN) -m pytest tests/unit tests/distributed tests/end_to_end
+	$(TESTS) $(ALL)
 
 test-fast: setup
-	$(RUN) -m pytest tests/unit -m "not slow"
+	$(TESTS) tests/unit -m "not slow"
 
 test-long: setup
-	MEGATRON_NFT_LONG=1 $(RUN) -m pytest tests/unit tests/distributed tests/end_to_end
+	MEGATRON_NFT_LONG=1 $(TESTS) $(ALL)
 
 # on a machine with a GPU: installs nothing; PYTHON and PYTHONPATH say where the packages are
 test-gpu:

@@ -36,7 +36,7 @@ setup(
         "gpu": ["vllm>=0.26,<0.33", "transformer-engine[pytorch]>=2.9"],
         "launch": ["nemo-run>=0.11"],  # in an environment of its own: its pins and vLLM's exclude each other
         "wandb": ["wandb>=0.19"],
-        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "wandb>=0.19", "gguf", "psutil"],
+        "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "wandb>=0.19", "gguf", "psutil"],
     },
     entry_points={
         "console_scripts": ["megatron-nft = megatron_nft.cli:main"],
