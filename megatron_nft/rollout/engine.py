@@ -39,6 +39,7 @@ from megatron_nft.rollout.throughput import Throughput
 from megatron_nft.stopping import Stopped
 from megatron_nft.trajectories import Prompt, Response
 from megatron_nft.weights import Bucket, is_checkpoint, load_weights, read_buckets
+from megatron_nft.weights.layouts import expert_count
 
 ASK_EVERY = 8  # scheduler steps: a fraction of a second, against a reduction over all ranks
 
@@ -109,6 +110,7 @@ class Engine:
         self._engine = self._llm.llm_engine
         tame(self._engine)
         self.throughput = Throughput(self._engine)
+        self._mixture = expert_count(self._llm.model_config.hf_config.to_dict()) > 0
         self._has_draft = has_draft_model(rollout.speculative_config)
         self._scaled = rollout.calculate_kv_scales and rollout.kv_cache_dtype in kv_scales.DTYPES
         self._scales_from: list[list[int]] = []
@@ -144,10 +146,12 @@ class Engine:
         self._engine.add_request(str(key), {"type": "token", "prompt_token_ids": list(request.token_ids)}, sampling_params(request))
 
     @generators_kept()
-    def step(self) -> list[tuple[int, Response]] | None:
+    def step(self, alone: bool = False) -> list[tuple[int, Response]] | None:
         """One step of the scheduler, which samples a token of every running answer: those that it finishes, by key. None where nothing runs
-        on any engine. A collective call: its condition is a reduction over the engines."""
-        if not self._engine.has_unfinished_requests():
+        on any engine: a collective call, its condition being a reduction over them. alone: None where nothing runs on this one, without
+        asking the others; all ranks call it equally often all the same, for the experts of a mixture may be spread over engines."""
+        asks_itself = alone and not self._mixture
+        if not (self._engine.output_processor if asks_itself else self._engine).has_unfinished_requests():
             return None
         finished = [output for output in self._engine.step() if output.finished]
         return [(int(output.request_id), self._response(output.outputs[0])) for output in finished]

@@ -1,7 +1,7 @@
 """The colocated sampler. Each engine takes prompts from one queue as it has room, and all stop when enough groups are there.
 
-Every rank has the whole Queue and is told the same: after each step of the schedulers one sum over all ranks says which answers have got
-what verdict, and how much room the engines have. So all of them send, give up and stop at the same step, without asking each other. The
+Every rank has the whole Queue and is told the same: after every few steps of the schedulers one sum over all ranks says which answers have
+got what verdict, and how much room the engines have. So all of them send, give up and stop at the same step, without asking each other. The
 answers themselves stay where they were sampled; elsewhere a stub stands for them.
 """
 
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from megatron_nft.prompts import Cursor
     from megatron_nft.rewards.judge import Judge
 
-EVENTS = 32  # verdicts that an engine can tell of after one scheduler step; more wait for the next one
+# Scheduler steps between two sums over all ranks, where there are several engines. A sum over 128 ranks is 254 messages of gloo's ring, one
+# after the other, and each waits for the slowest engine's step; answers of thousands of tokens leave room for these few steps.
+TELL_EVERY = 8
+EVENTS = 128  # verdicts that an engine can tell of at a time; more wait for the next one
 _FREED, _WAITING, _PENDING, _COUNT, _FIRST = range(5)  # what an engine's row of numbers begins with
 _EVENT = 4  # numbers: key, sample, score, whether it ended by length
 
@@ -60,6 +63,7 @@ class Sampler:
         self._prompts = {}  # by key, of the groups that this engine answers
         self._running: set[int] = set()  # own answers, as the engine knows them
         self._freed = self._tokens = 0  # places, since the other ranks were told; tokens sampled in this step
+        self._stride = TELL_EVERY if engine.count > 1 else 1
         self._busy = [0] * engine.count  # running answers of every engine
         self._waiting, self._pending = [0] * engine.count, [0] * engine.count
 
@@ -75,8 +79,9 @@ class Sampler:
             self._send()
             if self._queue.enough or not (any(self._busy) or any(self._pending)) and self._queue.exhausted:
                 break
-            ticks, used = ticks + 1, used + sum(self._busy)
+            busy = sum(self._busy)
             self._advance(ticks)
+            ticks, used = ticks + self._stride, used + self._stride * busy
         idle = 1 - used / (ticks * self._engine.count * self._engine.slots) if ticks else 0.0
         sent, enough = self._queue.started, self._queue.enough
         taken = self._queue.take()
@@ -165,16 +170,17 @@ class Sampler:
             before = self._queue.so_far(*divmod(number, self._rollout.n))
             yield number, self._talks.end(number, response, before, self._engine.decode)
 
-    def _advance(self, tick: int) -> None:
-        """One step of the schedulers, and what all ranks learn of it."""
-        n, stepped = self._rollout.n, self._engine.step()
-        for number, response in self._finished(stepped):
-            self._running.discard(number)
-            self._freed += 1
-            key, sample = divmod(number, n)
-            if self._engine.is_first:
-                self._verdicts.ask(tick, key, sample, self._prompts[key], response)
-        judged = self._verdicts.ready(tick, EVENTS, idle=stepped is None)
+    def _advance(self, ticks: int) -> None:
+        """Some steps of the schedulers, and what all ranks learn of them. ticks: steps before them."""
+        n, idle = self._rollout.n, not any(self._busy)
+        for tick in range(ticks + 1, ticks + self._stride + 1):
+            for number, response in self._finished(self._engine.step(alone=True)):
+                self._running.discard(number)
+                self._freed += 1
+                key, sample = divmod(number, n)
+                if self._engine.is_first:
+                    self._verdicts.ask(tick, key, sample, self._prompts[key], response)
+        judged = self._verdicts.ready(ticks + self._stride, EVENTS, idle)
         own = {(key, sample): response for key, sample, response in judged}
         for key, sample, response in self._everyones(judged):
             self._queue.judged(key, sample, own.get((key, sample), response))

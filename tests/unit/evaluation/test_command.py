@@ -29,10 +29,10 @@ class Engine(FakeEngine):
 
     stop_after = 99
 
-    def step(self):
+    def step(self, alone=False):
         if self.steps == self.stop_after:
             raise Stopped("asked")
-        return super().step()
+        return super().step(alone)
 
     def scale_cache_by(self, prompts) -> None:
         """An engine without an FP8 cache."""

@@ -64,8 +64,8 @@ class FakeEngine:
         self.running[key] = request, 0
         self.most = max(self.most, len(self.running))
 
-    def step(self) -> list[tuple[int, Response]] | None:
-        if not any(self._everyones(len(self.running))):
+    def step(self, alone: bool = False) -> list[tuple[int, Response]] | None:
+        if not (self.running if alone else any(self._everyones(len(self.running)))):
             return None
         self.steps += 1
         self.running = {key: (request, tokens + 1) for key, (request, tokens) in self.running.items()}

@@ -215,6 +215,19 @@ def some_length(prompt: tuple[int, ...], sample: int) -> int:
     return 1 + (7 * prompt[1] + 3 * sample) % 4
 
 
+def test_engines_tell_each_other_once_in_some_steps(judge):
+    """Sums over all ranks, and the steps of an engine that has nothing to write while the other one has."""
+
+    def run(engine):
+        sums, added = [], engine.added
+        engine.added = lambda values: sums.append(engine.steps) or added(values)
+        sampler(judge, [MIXED], settings(1, max_prompts_per_step=1), engine).groups(1)
+        return engine.steps, sums
+
+    (busy, sums), (idle, others) = on_ranks(2, N, run, length=lambda prompt, sample: 60)
+    assert (busy, idle) == (60, 0) and len(sums) == len(others) and sums[:8] == [8, 16, 24, 32, 40, 48, 56, 60]
+
+
 def test_an_engine_without_prompts_takes_part(judge):
     """Three engines, one prompt: two have nothing to do and must still run along."""
     parts = on_ranks(3, N, lambda engine: sampler(judge, [MIXED], settings(1), engine).groups(1))

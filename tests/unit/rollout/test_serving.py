@@ -53,7 +53,7 @@ def watched(config, monkeypatch) -> Iterator[serving.Server]:
 
 def until(found: Callable):
     """What found() gives once it is true."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while not (value := found()):
         assert time.monotonic() < end
         time.sleep(0.02)
