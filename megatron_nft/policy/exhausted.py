@@ -1,7 +1,6 @@
 """A GPU whose memory is used up: what stood in it is written down before the error takes it away, and one line says how to mend it."""
 
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from megatron_nft import watchdog
 from megatron_nft.errors import UserError
 from megatron_nft.files import write_whole
+from megatron_nft.policy.topology import host
 
 EXIT_CODE = 2  # of a UserError
 LESS_TRAINING = (
@@ -63,7 +63,7 @@ def _report(run_dir: Path, phase: str, error: torch.OutOfMemoryError) -> UserErr
     except OSError as problem:
         where = f"no snapshot could be written ({problem.strerror})"
     return UserError(
-        f"rank {rank} on {socket.gethostname()} ran out of memory in {phase}: {what}; {where}",
+        f"rank {rank} on {host()} ran out of memory in {phase}: {what}; {where}",
         f"{MENDS.get(phase, LESS_TRAINING)}; `megatron-nft plan CONFIG --search` shows what fits",
     )
 

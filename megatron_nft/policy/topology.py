@@ -199,10 +199,15 @@ def gathered(values: list[float]) -> list[list[float]]:
     return [row.tolist() for row in everyone]
 
 
+def host() -> str:
+    """This rank's machine: Slurm's name of the node, or the host's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def hosts() -> list[str]:
-    """The machine of each rank: Slurm's name of the node, or the host's. Collective."""
+    """The machine of each rank. Collective."""
     everyone = [""] * dist.get_world_size()
-    dist.all_gather_object(everyone, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+    dist.all_gather_object(everyone, host())
     return everyone
 
 

@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_nft.policy.topology import host
 from tests.support import ROOT
 
 SETTINGS = [
@@ -93,7 +93,7 @@ def compare_balance(row: dict) -> None:
     """Every stage has its slowest rank, by name. Twice the mean of two would be a rank that did nothing."""
     for stage in ("generate", "batching", "old_logprobs", "train", "sync", "validate"):
         assert 1.0 <= row[f"balance/{stage}"] < 2.0, stage
-        assert row[f"balance/{stage}_slowest"] in {f"rank {rank} on {socket.gethostname()}" for rank in range(8)}, stage
+        assert row[f"balance/{stage}_slowest"] in {f"rank {rank} on {host()}" for rank in range(8)}, stage
 
 
 def compare_traces(folder: Path) -> None:

@@ -2,12 +2,14 @@
 
 import os
 import socket
+from functools import partial
 
 import pytest
 import torch
 
 from megatron_nft import watchdog
 from megatron_nft.errors import UserError
+from megatron_nft.logbook import Logbook
 from megatron_nft.policy import exhausted
 from megatron_nft.policy.exhausted import memory_told
 
@@ -22,11 +24,12 @@ def exhaust() -> None:
     raise torch.OutOfMemoryError(SAID)
 
 
-def test_one_line_says_it_all(tmp_path):
+def test_one_line_says_it_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "node-3")
     with pytest.raises(UserError) as caught, memory_told(tmp_path, "train"):
         exhaust()
     line = str(caught.value)
-    assert line.startswith(f"rank 0 on {socket.gethostname()} ran out of memory in train: CUDA out of memory. Tried to allocate 2.32 GiB")
+    assert line.startswith("rank 0 on node-3 ran out of memory in train: CUDA out of memory. Tried to allocate 2.32 GiB")
     assert "1.21 GiB is free" in line and "try setting" not in line and "\n" not in line
     assert f"; {tmp_path / 'memory-rank0.txt'} says what stood in it: lower train.tokens_per_micro_batch" in line
     assert line.endswith("`megatron-nft plan CONFIG --search` shows what fits")
@@ -43,6 +46,14 @@ def test_the_mend_is_the_phases(phase, mend, tmp_path):
 def test_without_a_phase_it_is_the_watchdogs(tmp_path):
     told = pytest.raises(UserError, match="out of memory in start: .*tensor_model_parallel_size")
     with watchdog.Watchdog(60, 0, tmp_path), told, memory_told(tmp_path):
+        exhaust()
+
+
+def test_a_stage_of_the_log_is_the_phase(tmp_path):
+    """As a run puts it together: the stage's name, whatever the watchdog has gone back to by the time the error is out."""
+    log = Logbook(tmp_path, "run", 1, enabled=False, around=partial(memory_told, tmp_path))
+    told = pytest.raises(UserError, match="out of memory in sync: .*update_weights_bucket_megabytes")
+    with watchdog.Watchdog(60, 0, tmp_path), told, memory_told(tmp_path), log.stage("sync"):
         exhaust()
 
 
@@ -73,6 +84,7 @@ def test_where_others_wait_the_process_ends_at_once(tmp_path, monkeypatch, capfd
     def leave(code):
         raise Left(code)
 
+    monkeypatch.delenv("SLURMD_NODENAME", raising=False)
     monkeypatch.setattr(exhausted.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(exhausted.dist, "get_world_size", lambda: 8)
     monkeypatch.setattr(exhausted.dist, "get_rank", lambda: 3)
