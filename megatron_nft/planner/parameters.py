@@ -10,8 +10,9 @@ from megatron_nft.weights.table import EMBEDDING, FINAL_NORM, HEAD
 
 # A layer's parameters as Megatron's modules register them. Transformer Engine keeps a norm inside the linear layer behind it (only that
 # before a mixture of experts stands alone), and all first weights of a layer's experts before all second ones.
-_LOCAL = ("input_layernorm", "linear_proj", "linear_qkv", "q_layernorm", "k_layernorm", "pre_mlp_layernorm", "router", "experts", "linear_fc")
-_ENGINE = ("linear_proj", "input_layernorm", *_LOCAL[2:])
+_LATER = ("linear_qkv", "q_layernorm", "k_layernorm", "pre_mlp_layernorm", "router", "experts", "linear_fc")
+_LOCAL = ("input_layernorm", "linear_proj", *_LATER)
+_ENGINE = ("linear_proj", "input_layernorm", *_LATER)
 _IN_FP8 = ("linear_proj.weight", "linear_qkv.weight", "linear_fc1.weight", "linear_fc2.weight")  # what Transformer Engine multiplies
 
 
@@ -75,7 +76,8 @@ def _parameter(name: str, table: Table, config: Config, layout: Layout) -> Param
     expert = expert_number(name) is not None
     numel = prod(table.shard_shape(name, layout.etp if expert else layout.tp))
     tied = table.tied and layout.pp > 1 and name in (EMBEDDING.megatron, HEAD.megatron)
-    return Parameter(name, numel, expert and layout.ep > 1, tied, is_fp8(name, config, table.sizes.layers) and config.model.fp8_param_gather)
+    fp8 = config.model.fp8_param_gather and is_fp8(name, config, table.sizes.layers)
+    return Parameter(name, numel, expert and layout.ep > 1, tied, fp8)
 
 
 def is_fp8(name: str, config: Config, layers: int) -> bool:

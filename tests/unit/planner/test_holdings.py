@@ -6,13 +6,12 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_nft.planner.cluster import Layout
-from megatron_nft.planner.holdings import Stage, offloaded
+from megatron_nft.planner.holdings import Stage
 from tests.support import ROOT
 from tests.unit.planner.holdings_worker import configured
 
