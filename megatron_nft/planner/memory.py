@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from megatron_nft.config import Config, best_kept, max_model_len
+from megatron_nft.errors import UserError
 from megatron_nft.planner import engine_memory, parameters, trainer_memory
 from megatron_nft.planner.cluster import Cluster, Layout
 from megatron_nft.planner.engine_memory import Engine
@@ -18,6 +19,13 @@ PHASES = ("generate", "old_logprobs", "train", "sync", "save")
 # H200 of 141, 178.4 on a B200 of 180.
 USABLE = 0.988
 LONGEST = 2**20  # slots: no micro-batch is looked for beyond
+_UNEVEN = {
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+}
 SLOTS = 128  # policy.LENGTH_MULTIPLE
 
 
@@ -75,6 +83,8 @@ def memory(config: Config, hf: dict, cluster: Cluster) -> Memory:
 def layout_for(config: Config, hf: dict, cluster: Cluster) -> Layout:
     """The layout of a model on a cluster. Raises UserError where one does not suit the other."""
     table_for(hf)
+    for name in _UNEVEN & config.megatron.transformer.keys():
+        raise UserError(f"megatron.transformer.{name} is set, and the planner deals layers evenly", "plan without it")
     check_ranks(config.parallel, cluster.trainers)
     check_layout(hf, config)
     return Layout.of(config, cluster)

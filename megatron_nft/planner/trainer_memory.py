@@ -9,7 +9,7 @@ from megatron_nft.planner import activations
 from megatron_nft.planner.activations import Micro
 from megatron_nft.planner.cluster import Layout
 from megatron_nft.planner.engine_memory import GIB, Engine
-from megatron_nft.planner.holdings import ITEMSIZE, MASTER, MOMENTS, Held, Stage
+from megatron_nft.planner.holdings import ITEMSIZE, MASTER, MOMENTS, Stage
 from megatron_nft.planner.weight_stream import Stream
 from megatron_nft.weights import Table, table_for
 
@@ -85,7 +85,7 @@ class Trainer:
         world = layout.tp * layout.pp * layout.cp * layout.dp
         sizes = [layout.tp, layout.pp, layout.cp, layout.cp * layout.dp, world]
         sizes += [layout.ep, layout.ep * layout.etp, world // (layout.pp * layout.ep * layout.etp)] if experts else []
-        sizes += [layout.pp if self.hf.get("tie_word_embeddings") else 1]
+        sizes += [layout.pp if self.table.tied else 1]
         sizes += [0 if self.served else self.config.rollout.tensor_parallel_size]
         return (size for size in sizes if size > 1)
 
@@ -116,8 +116,9 @@ class Trainer:
             return resident | {"weight buckets": self.stream.peak}
         awake = self.engine.parts()
         cache, working = awake.pop("KV cache"), awake.pop("vLLM activations")
-        if self.stream.peak > cache + working:
-            return resident | awake | {"weight buckets": self.stream.peak}
+        coming = {"weight buckets": self.stream.peak, "vLLM layer being loaded": self.engine.loading}
+        if sum(coming.values()) > cache + working:
+            return resident | awake | coming
         return resident | self.engine.parts()
 
     def _save(self, stage: Stage, slots: int) -> dict[str, int]:
@@ -166,7 +167,7 @@ class Trainer:
     def _on_host(self, stage: Stage) -> dict[str, int]:
         """A rank keeps its copies for the next time. A checkpoint's state is put together whole on every rank, in float32, and what is
         written in the background is a copy of the weights besides."""
-        held: Held = stage.fullest
+        held = stage.fullest
         away = sum(getattr(held, kind) for kind in self.leaving - {"gradients"})
         count, itemsize = stage.numel, ITEMSIZE[self.config.model.precision]
         staged = count * (MASTER + MOMENTS + itemsize)
@@ -180,7 +181,7 @@ class Trainer:
 
 
 def server(trainer: Trainer) -> dict[str, int]:
-    """The parts of a server's GPU, at the moment when new weights come: a tensor, and vLLM's copy of a layer's."""
+    """The parts of a server's GPU, at the moment when new weights come: a bucket, and vLLM's copy of a layer."""
     communicators = 2 if trainer.config.rollout.tensor_parallel_size > 1 else 1  # its own, and the one with the trainer
     largest = max(load.nbytes for load in trainer.stream.buckets)
-    return {"NCCL and CUDA": CONTEXT + COMMUNICATOR * communicators, **trainer.engine.parts(), "weight buckets": largest}
+    return {"NCCL and CUDA": CONTEXT + COMMUNICATOR * communicators, **trainer.engine.parts(), "weight buckets": largest, "vLLM layer being loaded": trainer.engine.loading}
