@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError
 from megatron_nft.planner.holdings import ITEMSIZE
-from megatron_nft.weights import padded_vocab_size, table_for
+from megatron_nft.planner.parameters import table_of
+from megatron_nft.weights import padded_vocab_size
 from megatron_nft.weights.layouts import Sizes
 
 GIB = 2**30
@@ -111,7 +112,7 @@ def _vocabulary(sizes: Sizes, tp: int) -> int:
 
 def _layers(hf: dict, tp: int) -> Iterator[tuple[int, int]]:
     """Of each layer, elements on one GPU of the weights in its linear layers, and of all others."""
-    table, sizes = table_for(hf), Sizes.of(hf)
+    table, sizes = table_of(hf), Sizes.of(hf)
     key, query, hidden = max(sizes.groups // tp, 1) * sizes.head, sizes.query // tp, sizes.hidden
     attention = hidden * (2 * query + 2 * key)
     small = 2 * hidden + (query + 2 * key) * table.qkv_bias + 2 * sizes.head * table.qk_norm

@@ -10,8 +10,9 @@ from megatron_nft.planner.activations import Micro
 from megatron_nft.planner.cluster import Layout
 from megatron_nft.planner.engine_memory import GIB, Engine
 from megatron_nft.planner.holdings import ITEMSIZE, MASTER, MOMENTS, Stage
+from megatron_nft.planner.parameters import table_of
 from megatron_nft.planner.weight_stream import Stream
-from megatron_nft.weights import Table, table_for
+from megatron_nft.weights import Table
 
 # A CUDA context with its kernels takes some 0.5 GiB on an H100, cuBLAS 32 MiB for each stream (torch's default on Hopper).
 CONTEXT = int(0.6 * GIB)
@@ -48,7 +49,7 @@ class Trainer:
     @cached_property
     def table(self) -> Table:
         """Of the model."""
-        return table_for(self.hf)
+        return table_of(self.hf)
 
     @property
     def served(self) -> bool:
@@ -184,4 +185,9 @@ def server(trainer: Trainer) -> dict[str, int]:
     """The parts of a server's GPU, at the moment when new weights come: a bucket, and vLLM's copy of a layer."""
     communicators = 2 if trainer.config.rollout.tensor_parallel_size > 1 else 1  # its own, and the one with the trainer
     largest = max(load.nbytes for load in trainer.stream.buckets)
-    return {"NCCL and CUDA": CONTEXT + COMMUNICATOR * communicators, **trainer.engine.parts(), "weight buckets": largest, "vLLM layer being loaded": trainer.engine.loading}
+    return {
+        "NCCL and CUDA": CONTEXT + COMMUNICATOR * communicators,
+        **trainer.engine.parts(),
+        "weight buckets": largest,
+        "vLLM layer being loaded": trainer.engine.loading,
+    }

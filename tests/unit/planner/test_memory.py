@@ -1,18 +1,20 @@
-"""The planner's bytes against closed forms and published figures. Those of weights, gradients and optimizer on tiny models: test_holdings."""
+"""The planner's bytes against closed forms and published figures. Against Megatron's own on tiny models: test_holdings."""
 
 import dataclasses
-from math import prod
-from types import SimpleNamespace
+from math import gcd, prod
 
+import numpy as np
 import pytest
 
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError
 from megatron_nft.planner import activations, engine_memory, parameters
+from megatron_nft.planner.buffers import Buffer
 from megatron_nft.planner.cluster import Cluster, Layout
 from megatron_nft.planner.hardware import GIB
-from megatron_nft.planner.holdings import Stage, offloaded
+from megatron_nft.planner.holdings import Stage
 from megatron_nft.planner.memory import PHASES, checkpoint_bytes, memory
+from megatron_nft.planner.parameters import Parameter
 from megatron_nft.planner.weight_stream import stream
 from megatron_nft.weights import table_for
 from tests.unit.planner.holdings_worker import configured
@@ -133,28 +135,17 @@ def test_experts_lie_on_few_ranks():
     assert stage.fullest.optimizer == 12 * experts // 2 + 12 * (stage.numel - experts) // 4  # two ranks share an expert, four the rest
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5, 0.99, 1.0])
-@pytest.mark.parametrize("sizes", [[7], [5, 3, 9, 1, 4], [1000, 1, 1]])
-def test_the_host_updates_what_megatron_moves_there(sizes, fraction):
-    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
-
-    class Piece(SimpleNamespace):
-        """A parameter that is said to be on a GPU until it is copied."""
-
-        is_cuda, dtype = True, None
-
-        def numel(self):
-            return self.size
-
-        def cpu(self):
-            return Piece(size=self.size, is_cuda=False)
-
-        detach = clone = pin_memory = float = lambda self: self
-        __hash__ = object.__hash__
-
-    optimizer = SimpleNamespace(param_groups=[{"params": [Piece(size=size) for size in sizes]}], param_update_in_fp32=False)
-    host, *_ = HybridDeviceOptimizer._get_sub_optimizer_param_groups(optimizer, fraction)
-    assert offloaded(sizes, fraction) == sum(piece.size for group in host for piece in group["params"])
+@pytest.mark.parametrize("seed", range(5))
+def test_pieces_of_all_ranks_are_the_whole(seed):
+    """Every element of every parameter has one owner, however the buckets are cut."""
+    random = np.random.default_rng(seed)
+    held = tuple(Parameter(str(n), int(size), alone=n in (3, 7)) for n, size in enumerate(random.integers(1, 900, 12)))
+    buffer = Buffer(held, ranks=int(random.integers(1, 9)), bucket_size=[None, 1000][seed % 2], itemsize=2, gradient_itemsize=4)
+    pieces = [sum(buffer.pieces(rank)) for rank in range(buffer.ranks)]
+    assert pieces == buffer.owned().tolist() and sum(pieces) == sum(parameter.numel for parameter in held)
+    assert sum(buffer.buckets) == buffer.numel and all(
+        size % (128 * buffer.ranks // gcd(128, buffer.ranks)) == 0 for size in buffer.buckets
+    )
 
 
 def test_state_on_the_host_leaves_the_gpu():
@@ -262,7 +253,7 @@ def test_key_value_heads_are_repeated_on_more_gpus_than_there_are_heads():
 def test_weights_of_an_engine(hf):
     """All of them in bf16 on one GPU (these vocabularies are multiples of 64); in FP8 half of the linear layers'."""
     alone = {"rollout.tensor_parallel_size": 1}
-    linear = sum(prod(shape) for name, shape in table_for(hf).hf_shapes().items() if name.endswith(("proj.weight")))
+    linear = sum(prod(shape) for name, shape in table_for(hf).hf_shapes().items() if name.endswith("proj.weight"))
     assert engine_memory.weights(hf, settings(**alone)) == 2 * parameters.total(hf)
     assert engine_memory.weights(hf, settings(**alone, **{"rollout.quantization": "fp8"})) == 2 * parameters.total(hf) - linear
 
