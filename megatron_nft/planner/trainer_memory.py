@@ -17,7 +17,8 @@ from megatron_nft.weights import Table
 # A CUDA context with its kernels takes some 0.5 GiB on an H100, cuBLAS 32 MiB for each stream (torch's default on Hopper).
 CONTEXT = int(0.6 * GIB)
 # Of each NCCL communicator that is in use: buffers of every channel. NVIDIA/nccl issue 864 tells of 1.6 GB for one over two nodes and
-# 6 GB for three and more, issue 1685 of 1.1 GB for the usual collectives of eight H100; less within a node and with fewer channels.
+# 6 GB for three and more, issue 1685 of 1.1 GB for the usual collectives of eight H100, vllm-project/vllm pull request 10511 of 1.8 GiB for
+# all of two H100's. Less within a node and with fewer channels.
 COMMUNICATOR = GIB // 2
 # Of what comes and goes, lost between blocks: GMLake (ASPLOS 2024) measured 15 % in training on average. Lengths here are multiples of
 # 128, which fit again.
@@ -111,7 +112,8 @@ class Trainer:
         return self._resident(stage, _ALL) | self._sleeping | self._passing(self._micro(slots), stage, backward=True)
 
     def _sync(self, stage: Stage, slots: int) -> dict[str, int]:
-        """The stream while the engine's KV cache is still away, or the cache while the parameters are still here: what takes more."""
+        """The stream while the engine's KV cache is still away, or the cache, and the check of log-probs, while the parameters are still
+        here: what takes more."""
         resident = self._resident(stage, (_ALL - self.leaving) | {"weights"})
         if self.served:
             return resident | {"weight buckets": self.stream.peak}
@@ -128,6 +130,7 @@ class Trainer:
         buffers = [(size, buffer.ranks) for buffer in (*stage.dense, *stage.experts) for size in buffer.buckets if buffer.ranks > 1]
         gathered = max((MASTER * (size + size // ranks) for size, ranks in buffers), default=0)
         awake = {} if self.served else self.engine.parts()
+        awake.pop("vLLM activations", None)  # no answer is being written
         return resident | (self._sleeping if "optimizer" in self.leaving else awake) | {"gathered for the save": gathered}
 
     @property

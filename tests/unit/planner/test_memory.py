@@ -1,7 +1,7 @@
 """The planner's bytes against closed forms and published figures. Against Megatron's own on tiny models: test_holdings."""
 
 import dataclasses
-from math import gcd, prod
+from math import lcm, prod
 
 import numpy as np
 import pytest
@@ -51,6 +51,16 @@ QWEN_30B_A3B = {  # Qwen/Qwen3-30B-A3B's
     "num_experts_per_tok": 8,
     "decoder_sparse_step": 1,
     "vocab_size": 151936,
+    "tie_word_embeddings": False,
+}
+LLAMA_8B = {  # meta-llama/Meta-Llama-3-8B's
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
     "tie_word_embeddings": False,
 }
 GPT = QWEN_32B | {  # an MLP of three matrices with as many inner values as the two of four times the hidden size
@@ -143,9 +153,7 @@ def test_pieces_of_all_ranks_are_the_whole(seed):
     buffer = Buffer(held, ranks=int(random.integers(1, 9)), bucket_size=[None, 1000][seed % 2], itemsize=2, gradient_itemsize=4)
     pieces = [sum(buffer.pieces(rank)) for rank in range(buffer.ranks)]
     assert pieces == buffer.owned().tolist() and sum(pieces) == sum(parameter.numel for parameter in held)
-    assert sum(buffer.buckets) == buffer.numel and all(
-        size % (128 * buffer.ranks // gcd(128, buffer.ranks)) == 0 for size in buffer.buckets
-    )
+    assert sum(buffer.buckets) == buffer.numel and not any(size % lcm(128, buffer.ranks) for size in buffer.buckets)
 
 
 def test_state_on_the_host_leaves_the_gpu():
@@ -256,6 +264,22 @@ def test_weights_of_an_engine(hf):
     linear = sum(prod(shape) for name, shape in table_for(hf).hf_shapes().items() if name.endswith("proj.weight"))
     assert engine_memory.weights(hf, settings(**alone)) == 2 * parameters.total(hf)
     assert engine_memory.weights(hf, settings(**alone, **{"rollout.quantization": "fp8"})) == 2 * parameters.total(hf) - linear
+
+
+@pytest.mark.parametrize(
+    "hf, tp, logged",
+    [(LLAMA_8B, 1, 14.96), (LLAMA_8B, 2, 7.48), (QWEN_32B, 2, 30.71)],  # vllm-project/vllm: pull request 10511, issue 15815
+)
+def test_weights_are_what_vllm_logs(hf, tp, logged):
+    """In GiB: "model weights take", which has what the allocator rounds up in it."""
+    found = engine_memory.weights(hf, settings(**{"rollout.tensor_parallel_size": tp})) / GIB
+    assert 0.993 * logged < found < logged + 0.005
+
+
+def test_blocks_are_what_vllm_logs():
+    """vllm-project/vllm issue 15815: Qwen2.5-32B on two GPUs, 7.71 GiB for the KV cache, 3947 blocks of 16 tokens."""
+    block = 16 * engine_memory.token_bytes(QWEN_32B, settings(**{"rollout.tensor_parallel_size": 2}))
+    assert 7.705 * GIB // block <= 3947 <= 7.715 * GIB // block
 
 
 def test_an_engine_has_its_share_of_the_gpu():
