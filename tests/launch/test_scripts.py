@@ -113,7 +113,7 @@ printf '%s\\n' "$*" >>"$STARTS"
 
 
 def test_in_a_container(tmp_path):
-    """The flags are Pyxis', which this Slurm has not: a stand-in for srun writes them down. The name is the job's, the same at each step."""
+    """The flags are Pyxis', which this Slurm has not: a stand-in for srun writes them down. The name is the job's, at each step."""
     for name, text in {"srun": SRUN, "scontrol": "#!/bin/bash\necho n1\necho n2\n", "squeue": "#!/bin/bash\n"}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(stat.S_IRWXU)
