@@ -40,8 +40,8 @@ def meet(seconds: int) -> None:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
             f"{Place.here()} does not meet the other {world - 1} ranks at {address} ({first_line(error)})",
-            "see that every node resolves and reaches that name (GLOO_SOCKET_IFNAME names the network), that nothing else has that port, and "
-            f"that all ranks start within {seconds} s",
+            "see that every node resolves and reaches that name (GLOO_SOCKET_IFNAME names the network), that nothing else has that port, "
+            f"and that all ranks start within {seconds} s",
         ) from error
 
 
