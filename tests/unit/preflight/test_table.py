@@ -1,6 +1,8 @@
 """The table of a run that may begin, its warnings, and the shapes that are refused."""
 
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,5 +73,12 @@ def test_shapes(found):
         check("plan.nodes=16")
 
 
-def test_without_a_plan_nothing_is_reckoned(found):
+def test_the_planners_verdict(found, monkeypatch):
+    """Asked for where the config says for how many nodes it is."""
     assert check_fits(found().settings) == ""
+    verdict = SimpleNamespace(fits=True, reasons=["train: 91 GiB, 80 are there"])
+    monkeypatch.setitem(sys.modules, "megatron_nft.planner.plan", SimpleNamespace(plan=lambda settings: verdict))
+    assert check_fits(found("plan.nodes=2").settings) == "fits, as the planner estimates"
+    verdict.fits = False
+    with pytest.raises(UserError, match="train: 91 GiB, 80 are there: .*--search"):
+        check_fits(found("plan.nodes=2").settings)
