@@ -1,6 +1,6 @@
 """Seconds of one step of a vLLM engine's scheduler: each running answer gets one token, and prompts are read.
 
-    step = products (weights read, or operations) + attention (KV cache read) + 2 all-reduces a layer + head and sampling + host
+step = products (weights read, or operations) + attention (KV cache read) + 2 all-reduces a layer + head and sampling + host
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,10 @@ from megatron_nft.planner.communication import NVLINK_SHARE
 from megatron_nft.planner.hardware import Gpu, check_fp8
 from megatron_nft.weights.layouts import Sizes
 
-CACHE_SHARE = 0.60  # of the memory's bandwidth, by paged attention: blocks of 16 tokens, uneven contexts (FlashAttention-3, FlashInfer: 0.6 to 0.75)
-LAYER_KERNELS = 22e-6  # seconds of a layer's small kernels in a CUDA graph: norms, rotation, cache write, activation: 8 to 10 of 2 to 3 us each
+CACHE_SHARE = (
+    0.60  # of the memory's bandwidth, by paged attention: blocks of 16 tokens, uneven contexts; FlashAttention-3 alone: 0.6 to 0.75
+)
+LAYER_KERNELS = 22e-6  # seconds of a layer's small kernels in a CUDA graph: norms, rotation, cache, activation: 8 to 10 of 2 to 3 us
 EAGER_KERNELS = 16  # kernels of a layer that Python starts where nothing is captured
 ALL_REDUCE = {1: 0.0, 2: 6e-6, 4: 9e-6, 8: 12e-6}  # seconds of vLLM's own small all-reduce over NVLink, by tensor-parallel size
 ALL_REDUCE_SHARE = 0.55  # of NVLink's rate, by messages of some MB

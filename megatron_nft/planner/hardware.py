@@ -32,12 +32,12 @@ class Gpu:
     achieved: Achieved
 
 
-# Matrix products. cuBLAS alone reaches 0.80 of A100's BF16 and, at 700 W, 0.70 to 0.75 of H100's (8,192 cubed); 0.65 to 0.70 of H100's FP8
-# (1,290 to 1,382 TFLOP/s: Azure's ND H100 v5 results of NVIDIA's AI-benchmarking guide). In training, with clocks that fall under load and
-# neighbours that take memory bandwidth, it is less: 0.74, 0.66 and 0.60 are set by the calibration rows of docs/planner.md. B200: as H100 in
-# BF16, 0.58 in FP8; no row was used to set them.
-# Attention. FlashAttention-2 on A100: up to 0.66 causal forward, 0.56 backward (arXiv 2307.08691, figures 5 and 6). FlashAttention-3 and cuDNN
-# on H100: 0.62 and 0.52 (arXiv 2407.08608, figures 5 and 6: causal, head dimension 128). B200: cuDNN, 0.60 and 0.45 of its peak.
+# Matrix products. cuBLAS alone reaches 0.80 of A100's BF16 and, at 700 W, 0.70 to 0.75 of H100's (8,192 cubed); 0.65 to 0.70 of H100's
+# FP8 (1,290 to 1,382 TFLOP/s: Azure's ND H100 v5 results of NVIDIA's AI benchmarking guide). In training, with clocks that fall under load
+# and neighbours that take memory bandwidth, it is less: 0.74, 0.66 and 0.60 are set by the calibration rows of docs/planner.md. B200: as
+# H100 in BF16, 0.58 in FP8; no row was used to set them.
+# Attention, causal, forward and backward. FlashAttention-2 on A100: up to 0.66 and 0.56 (arXiv 2307.08691, figures 5 and 6);
+# FlashAttention-3 on H100: 0.62 and 0.52 (arXiv 2407.08608, figures 5 and 6: head dimension 128); cuDNN on B200: 0.60 and 0.45.
 _AMPERE = Achieved(0.74, 0.0, 0.66, 0.56)
 _HOPPER = Achieved(0.66, 0.60, 0.62, 0.52)
 _BLACKWELL = Achieved(0.66, 0.58, 0.60, 0.45)

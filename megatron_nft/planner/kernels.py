@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_nft.planner.hardware import Gpu
 
-MEMORY_SHARE = 0.80  # of the memory's bandwidth, by kernels that stream: STREAM-like copies reach 0.85 to 0.9, norms and activations 0.7 to 0.8
+MEMORY_SHARE = 0.80  # of the memory's bandwidth, by kernels that stream: copies reach 0.85 to 0.9, norms and activations 0.7 to 0.8
 LAUNCH = 6e-6  # seconds of the CPU for a kernel that PyTorch starts: 5 to 10 microseconds of dispatch
 TILE = (128, 256)  # rows and columns that one multiprocessor works on: cuBLAS's usual choice on Ampere and Hopper
 # Half of the full rate of attention is reached with sequences of so many tokens: FlashAttention-3's curve, 330 TFLOP/s at 1,024 tokens and

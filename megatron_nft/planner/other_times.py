@@ -1,9 +1,9 @@
-"""Seconds of what stands between generating and training: weights to the engines, memory that goes and comes, saves, verdicts, validation."""
+"""Seconds of what stands between generating and training: weights to the engines, memory that comes and goes, saves, validation."""
 
 from dataclasses import dataclass
 
 from megatron_nft.config import Config, set_sampling
-from megatron_nft.planner.communication import HOST_SHARE, NETWORK_SHARE, Group
+from megatron_nft.planner.communication import HOST_SHARE, NETWORK_SHARE
 from megatron_nft.planner.decoding import Engine
 from megatron_nft.planner.generation import Order, simulate
 from megatron_nft.planner.kernels import moved
@@ -15,8 +15,8 @@ from megatron_nft.planner.workload import Workload
 PER_TENSOR = 3e-3
 PER_BUCKET = 4e-3  # an all-gather's and a broadcast's start, packing and unpacking
 TENSORS_OF_LAYER = 12  # of a dense layer under Hugging Face's names; biases and norms included
-# Waking and sleeping: vLLM's sleep mode maps and frees the physical memory of weights and cache again; its blog (2025-10-26) measures 0.3 to
-# 1 s for models that leave their weights behind (level 2)
+# Waking and sleeping: vLLM's sleep mode frees and maps again the physical memory of weights and cache: its blog of 2025-10-26 has 0.1 to 1 s
+# for level 2, which leaves the weights behind
 WAKE, SLEEP = 1.0, 0.7
 SAVE_PLANNING = 4.0  # seconds of Megatron's checkpoint plan, on all ranks, before the copy: measured there at 100 to 1,000 ranks
 DISK = 1e9  # bytes a second and node that a parallel file system takes
@@ -109,8 +109,3 @@ def validation(config: Config, engine: Engine, engines: int) -> float:
         work = Workload(answers, 1, plan.mean_prompt_length, mean, plan.response_length_sigma, cap, 1.0, answers)
         seconds += simulate(work, Order(answers, answers, False, False, 0, False, 0, None), engine, engines).seconds
     return seconds
-
-
-def trainers_group(training: Training) -> Group:
-    """All GPUs that train."""
-    return Group(training.cluster.trainers, 1, training.cluster)

@@ -1,5 +1,5 @@
-"""Seconds of a rollout step, phase by phase. All of it is an estimate: docs/planner.md has its formulas and constants, and how far it is from
-published runs."""
+"""Seconds of a rollout step, phase by phase. All of it is an estimate: docs/planner.md has its formulas and constants, and how far from
+published runs it is."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ from megatron_nft.planner.workload import Workload
 
 @dataclass(frozen=True)
 class Times:
-    """phases: seconds of a rollout step in "generate", "rewards", "old_logprobs", "train", "sync", "save" (its stall, a step's share) and "other";
-    their sum is `step` where colocated, the longer of both sides where served. parts: of a phase the seconds of what it is made of, e.g.
+    """phases: seconds of a rollout step in "generate", "rewards", "old_logprobs", "train", "sync", "save" (its stall, a step's share) and
+    "other"; their sum is `step` where colocated, the longer of both sides where served. parts: of a phase the seconds of what it is made of, e.g.
     {"train": {"matrix products": ..., "attention": ..., "bubble": ..., "exposed communication": ...}}. facts: further numbers by name."""
 
     phases: dict[str, float]

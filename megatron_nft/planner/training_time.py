@@ -28,7 +28,7 @@ KERNELS = (30, 55)  # that PyTorch starts in a layer: forward, backward (counted
 OVERLAPPED = 0.85  # of tensor-parallel collectives, with tp_comm_overlap: Transformer Engine's user buffers hide them behind the products
 UPDATE_CALLS = 0.05  # seconds of an update that are none of the others: gradient norm, schedules, totals of the metrics
 ADAM_BYTES = 34  # of a parameter: gradient, main parameter, two moments read; three of them and the BF16 parameter written; norm's pass
-CPU_ADAM_RATE = 30e9  # bytes a second and GPU that the host's AdamW moves: 8 GPUs share two sockets' 350 to 600 GB/s (DDR5), half of it reached
+CPU_ADAM_RATE = 30e9  # bytes a second and GPU that the host's AdamW moves: 8 GPUs share two sockets' 350 to 600 GB/s, half of it reached
 LOGIT_PASSES = (6, 10)  # times that the float32 logits are read or written: forward alone, with the gradient (policy/logprobs.py)
 
 
@@ -147,7 +147,7 @@ class Training:
 
     def _memory(self, rows: float, backward: bool) -> float:
         """Norms and residuals (read and written: 5 x hidden each), rotation (2 x projections), gate (3 x inner), in 16 bits; the backward
-        pass moves twice as much. FP8: every operand is looked through for its largest value, then cast, as it is and transposed (6 bytes)."""
+        pass moves twice as much. FP8: an operand is read for its largest value, and again to be cast, as it is and transposed (6 bytes)."""
         hidden, projections, inner = self._channels()
         nbytes = 2 * rows * (10 * hidden + 2 * projections + 3 * inner) * (2 if backward else 1)
         if self.fp8:
@@ -315,9 +315,7 @@ class Training:
             return Pass()
         room = (self.config.train.logprob_tokens_per_micro_batch or 0) // shape.slots
         joined = max(room, 1)
-        together = Shape(
-            shape.count, shape.slots * joined, shape.tokens * joined, shape.squares * joined, shape.length, shape.fill
-        )
+        together = Shape(shape.count, shape.slots * joined, shape.tokens * joined, shape.squares * joined, shape.length, shape.fill)
         return self._through_stages(together, math.ceil(shape.count * (updates - 1) / joined), backward=False)
 
     # ---- figures

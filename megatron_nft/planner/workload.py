@@ -1,4 +1,4 @@
-"""What a rollout step works on: how long the answers are, how many are sampled, and what is trained on. A seeded draw, the same each time."""
+"""What a rollout step works on: how long answers are, how many are sampled, what is trained on. Draws are seeded, the same each time."""
 
 import math
 from dataclasses import dataclass
