@@ -10,18 +10,16 @@ from megatron_nft.planner.kernels import moved
 from megatron_nft.planner.training_time import Training
 from megatron_nft.planner.workload import Workload
 
-# vLLM's reload of weights handles each tensor in Python: NeMo-RL and verl need 1 to 3 ms for one (verl's 14.2 s for Qwen2.5-32B over NCCL,
-# 6.2 s for the changed tensors alone, PEERS.md: 771 tensors of 8 to 18 ms with 65 GB on the way)
-PER_TENSOR = 3e-3
-PER_BUCKET = 4e-3  # an all-gather's and a broadcast's start, packing and unpacking
+# Assumed, with nothing published for this very way; verl's sync of Qwen2.5-32B by NCCL takes 14.2 s, 6.2 s where only changes are sent:
+# vLLM's reload handles each tensor in Python.
+PER_TENSOR = 5e-3
+PER_BUCKET = 10e-3  # the start of an all-gather and a broadcast, packing and unpacking
 TENSORS_OF_LAYER = 12  # of a dense layer under Hugging Face's names; biases and norms included
-# Waking and sleeping: vLLM's sleep mode frees and maps again the physical memory of weights and cache: its blog of 2025-10-26 has 0.1 to 1 s
-# for level 2, which leaves the weights behind
-WAKE, SLEEP = 1.0, 0.7
-SAVE_PLANNING = 4.0  # seconds of Megatron's checkpoint plan, on all ranks, before the copy: measured there at 100 to 1,000 ranks
-DISK = 1e9  # bytes a second and node that a parallel file system takes
-VERDICTS = 1.0  # seconds until the last answers' verdicts are there: the others are made while answers are written
-BATCHING = 2.0  # seconds of placing and exchanging answers, rollouts/ and logs on the way: each rank writes its own
+WAKE, SLEEP = 1.0, 0.7  # assumed: memory of weights and cache is mapped again, and freed (vLLM's sleep mode, level 2: nothing is copied)
+SAVE_PLANNING = 4.0  # assumed: Megatron's checkpoint plan on all ranks, before the copy to the host
+DISK = 1e9  # assumed: bytes a second and node that a parallel file system takes
+VERDICTS = 1.0  # assumed: seconds until the last answers' verdicts are there: the others are made while answers are written
+BATCHING = 2.0  # assumed: seconds of placing and exchanging answers, rollouts/ and logs on the way: each rank writes its own
 SIZES = {"aime24": 30, "aime25": 30, "amc23": 40, "math500": 500, "olympiadbench": 675, "minerva": 272}  # problems of the benchmarks
 UNKNOWN_SIZE = 500  # problems of a set that is none of these and has no limit
 

@@ -16,8 +16,9 @@ from megatron_nft.planner.workload import Workload
 @dataclass(frozen=True)
 class Times:
     """phases: seconds of a rollout step in "generate", "rewards", "old_logprobs", "train", "sync", "save" (its stall, a step's share) and
-    "other"; their sum is `step` where colocated, the longer of both sides where served. parts: of a phase the seconds of what it is made of, e.g.
-    {"train": {"matrix products": ..., "attention": ..., "bubble": ..., "exposed communication": ...}}. facts: further numbers by name."""
+    "other"; their sum is `step` where colocated, the longer of both sides where served. parts: of a phase the seconds of what it is made
+    of, e.g. {"train": {"matrix products": ..., "attention": ..., "bubble": ..., "exposed: tensor parallel": ...}}. facts: further numbers
+    by name."""
 
     phases: dict[str, float]
     parts: dict[str, dict[str, float]]
