@@ -87,10 +87,8 @@ def table(rows: list[dict]) -> str:
     """Markdown."""
     heads = list(rows[0])
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    shown = {True: "yes", False: "no"}
-    return "\n".join(
-        lines + ["| " + " | ".join(str(shown.get(v, v)) if isinstance(v, bool) else str(v) for v in r.values()) + " |" for r in rows]
-    )
+    words = [["yes" if value is True else "no" if value is False else str(value) for value in row.values()] for row in rows]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in words])
 
 
 def main() -> None:
