@@ -19,6 +19,7 @@ from megatron_nft.policy import check, devices, topology
 from megatron_nft.preflight import nodes, run_directory
 from megatron_nft.preflight.table import Found, table
 from megatron_nft.preflight.together import Place, gather, leads, meet, together
+from megatron_nft.sizes import check_ranks
 from megatron_nft.stopping import SIGNALS
 
 MEETING, EXCHANGE = 600, 300  # seconds that ranks may take to start, and that an all-reduce may take
@@ -91,7 +92,7 @@ def _check_given(settings: Config, named: dict[str, str]) -> None:
 
 def check_shape(settings: Config, trainers: int, ranks: int, on_gpus: bool) -> None:
     """Raise UserError where so many ranks cannot have the layout, or are not those that the config is planned for."""
-    topology.check(settings.parallel, trainers)
+    check_ranks(settings.parallel, trainers)
     if settings.rollout.mode == "colocated" and not settings.replay:
         check_world(settings.rollout, trainers)
     plan = settings.plan
