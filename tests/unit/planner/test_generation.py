@@ -112,7 +112,7 @@ class Reference:
     ids=str,
 )
 def test_the_simulation_sends_writes_and_waits_as_the_queue_does(settings, monkeypatch):
-    """Both draw answers of their own: a step's length, which the longest answers decide, scatters most. Where answers are carried, the queue
+    """Both draw answers of their own: the steps, which the longest answers decide, scatter most. Where answers are carried, the queue
     also learns the share of mixed groups from few, which the simulation knows."""
     carried = settings["max_staleness"] > 0
     expected, found = [], []
