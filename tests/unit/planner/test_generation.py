@@ -112,7 +112,8 @@ class Reference:
     ids=str,
 )
 def test_the_simulation_sends_writes_and_waits_as_the_queue_does(settings, monkeypatch):
-    """Both draw answers of their own: a step's length, which the longest answers decide, scatters most."""
+    """Both draw answers of their own: the steps, which the longest answers decide, scatter most. Where answers are carried, the queue
+    also learns the share of mixed groups from few, which the simulation knows."""
     carried = settings["max_staleness"] > 0
     expected, found = [], []
     monkeypatch.setattr(generation, "STEP", 1)
@@ -125,7 +126,7 @@ def test_the_simulation_sends_writes_and_waits_as_the_queue_does(settings, monke
     simulate.cache_clear()
     for name in ("steps", "sent", "sampled"):
         of_queue, of_plan = (np.mean([getattr(step, name) for step in steps]) for steps in (expected, found))
-        assert of_plan == pytest.approx(of_queue, rel=0.2 if name == "steps" else 0.1), name
+        assert of_plan == pytest.approx(of_queue, rel=0.2 if carried or name == "steps" else 0.1), name
 
 
 def test_constants_of_the_queue_are_the_queues():
