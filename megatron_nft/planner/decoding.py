@@ -22,9 +22,10 @@ ALL_REDUCE = {1: 0.0, 2: 6e-6, 4: 9e-6, 8: 12e-6}  # seconds of vLLM's own small
 ALL_REDUCE_SHARE = 0.55  # of NVLink's rate, by messages of some MB
 SAMPLING_PASSES = 12  # times that float32 logits of the whole vocabulary are read or written: cast, temperature, log-softmax, ranks, draw
 SCHEDULER = (2.5e-3, 9e-6)  # seconds of the CPU a step, and for each running answer: vLLM V1's scheduler, input and output without overlap
-# A colocated step ends with a sum over all ranks on the CPU (rollout/sampler.py): gloo's ring takes 2 (n - 1) messages one after the other,
-# and the slowest engine's step is everybody's
+# Colocated engines go in step, by sums over all ranks on the CPU (rollout/sampler.py): gloo's ring takes 2 (n - 1) messages, one after the
+# other, and the slowest engine's step is everybody's
 GLOO_HOP = 20e-6  # seconds of such a message, over loopback or Ethernet
+TELL_EVERY = 8  # scheduler steps between two such sums: as rollout/sampler.py has it
 
 
 @dataclass(frozen=True)
@@ -95,4 +96,4 @@ class Engine:
 
     def host(self, running: np.ndarray) -> np.ndarray:
         """Seconds of a step in which the GPU waits."""
-        return SCHEDULER[0] + SCHEDULER[1] * running + 2 * max(self.lockstep - 1, 0) * GLOO_HOP
+        return SCHEDULER[0] + SCHEDULER[1] * running + 2 * max(self.lockstep - 1, 0) * GLOO_HOP / TELL_EVERY

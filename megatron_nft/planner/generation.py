@@ -4,17 +4,16 @@ Which groups are sent, waited for, carried and thrown away is as in rollout/queu
 goes in strides of some tokens: whoever ends within one makes room at its end.
 """
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from megatron_nft.config import Config
+from megatron_nft.mixing import LEAST_SHARE, chance, is_short
 from megatron_nft.planner.decoding import Engine
 from megatron_nft.planner.workload import SEED, Workload
 
-SURE, LEAST_SHARE = 1.0, 0.05  # as rollout/queue.py has them, which a plan does not import
 STRIDES, STEP = 40, 8  # strides of a mean answer; tokens of a stride, at least
 BACK = 0.97  # of the KV cache: up to here an answer that waits is let in again
 WARM_UP = 2  # rollout steps, beyond the staleness, until what is carried has settled
@@ -164,15 +163,17 @@ class _Fleet:
         order, count = self.order, 0
         if not order.dynamic:
             return order.wanted - self.started
-        share = max(self.work.mixed, LEAST_SHARE)
+        share, n = max(self.work.mixed, LEAST_SHARE), self.work.n
         mixed = int(self._mixed.sum())
-        undecided = int(((self.left > 0) & ~self._mixed).sum())
+        alike = (n - self.left)[(self.left > 0) & ~self._mixed]
+        chances = np.array([chance(share, known, n) for known in range(n)])[alike]
+        promised, spread = float(chances.sum()), float((chances * (1 - chances)).sum())
         while self.started + count < order.limit:
-            promised, missing = (undecided + count) * share, order.wanted - mixed
-            short = missing > 0 and promised - SURE * math.sqrt(promised * (1 - share)) < missing
-            if not short and not (order.ahead and mixed + promised < order.wanted * (1 + order.ahead)):
+            if not is_short(promised, spread, order.wanted - mixed) and not (
+                order.ahead and mixed + promised < order.wanted * (1 + order.ahead)
+            ):
                 break
-            count += 1
+            count, promised, spread = count + 1, promised + share, spread + share * (1 - share)
         return count
 
     def _open(self, holders: np.ndarray) -> None:

@@ -4,13 +4,13 @@ Nothing here knows of vLLM or of ranks: whoever drives a Queue tells it what bec
 same, so that every rank can have one of its own.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from megatron_nft.config import Config
+from megatron_nft.mixing import LEAST_SHARE, chance, is_short
 from megatron_nft.rewards.length import is_dropped, settle
 from megatron_nft.rollout.seeds import seed_of
 from megatron_nft.rollout.settings import Request
@@ -19,8 +19,6 @@ from megatron_nft.trajectories import Group, Prompt, Response
 if TYPE_CHECKING:
     from megatron_nft.prompts import Cursor
 
-SURE = 1.0  # standard deviations: so many more prompts are sent than the mixed share promises to be enough ...
-LEAST_SHARE = 0.05  # ... which is taken as no smaller than this
 FIRST_SHARE = (1.0, 3.0)  # mixed groups of so many are assumed at first: the published runs send three times what they keep
 MEMORY = 0.5  # of that share, from one step to the next
 
@@ -50,6 +48,7 @@ class Open:
     drops_truncated: bool = False
     finished: int = 0  # its number in the order of completion
     left: int = 0  # answers without a verdict
+    known: int = 0  # those with one, that count
     scores: set[float] = field(default_factory=set)  # the verdicts so far
 
     @property
@@ -69,7 +68,8 @@ class Open:
     def count(self) -> None:
         """Bring `left` and `scores` up to date with the responses."""
         self.left = sum(not has_verdict(response) for response in self.responses)
-        self.scores = {response.verdict.score for response in self.judged}
+        judged = self.judged
+        self.known, self.scores = len(judged), {response.verdict.score for response in judged}
 
     def group(self) -> Group:
         """With the answers that count."""
@@ -117,7 +117,7 @@ class Queue:
         self._hopeless: list[Open] = []
         self._stale: list[Open] = []
         self._waiting: set[int] = set()  # keys of the groups that wait
-        self._counts: tuple[int, int] | None = None  # what _known and _ready found, until something changes
+        self._counts: tuple[int, Counter] | None = None  # what _known and _ready found, until something changes
         self._chosen: list[Open] | None = None
 
     # ---- a step
@@ -171,7 +171,7 @@ class Queue:
         after = self._rollout.hopeless_after
         if after is None:
             return []
-        found = [g for g in self._open.values() if not g.is_complete and len(g.judged) >= after and not g.is_mixed]
+        found = [g for g in self._open.values() if not g.is_complete and g.known >= after and not g.is_mixed]
         self._remove(found)
         self._hopeless += found
         self._share[1] += len(found)  # as good as uniform
@@ -319,20 +319,20 @@ class Queue:
             return False
         mixed, undecided = self._known()
         share = max(self._share[0] / self._share[1], LEAST_SHARE)
-        promised = undecided * share
-        missing = wanted - mixed
-        if missing > 0 and promised - SURE * math.sqrt(promised * (1 - share)) < missing:
+        chances = [(chance(share, *kind), count) for kind, count in undecided.items()]
+        promised = sum(p * count for p, count in chances)
+        if is_short(promised, sum(p * (1 - p) * count for p, count in chances), wanted - mixed):
             return True
         # while the last answers of a step are waited for, the next one's are begun
         ahead = rollout.max_staleness if rollout.unfinished == "resume" or rollout.mode == "served" else 0
         return bool(ahead) and mixed + promised < wanted * (1 + ahead)
 
-    def _known(self) -> tuple[int, int]:
-        """How many open groups are known to be mixed, and how many may become so."""
+    def _known(self) -> tuple[int, Counter]:
+        """How many open groups are known to be mixed; and those that may become so, by the number of their verdicts so far and of all."""
         if self._counts is None:
             mixed = sum(group.is_mixed for group in self._open.values())
-            undecided = sum(not group.is_complete and not group.is_mixed for group in self._open.values())
-            self._counts = mixed, undecided
+            undecided = (group for group in self._open.values() if not group.is_complete and not group.is_mixed)
+            self._counts = mixed, Counter((group.known, group.known + group.left) for group in undecided)
         return self._counts
 
     def _start(self, holder: int | None) -> Open:
@@ -343,7 +343,7 @@ class Queue:
         self._asked[prompt.id] += self._rollout.n
         self._sent, self.started = self._sent + 1, self.started + 1
         if self._counts is not None:
-            self._counts = self._counts[0], self._counts[1] + 1  # nothing else changes by one more undecided group at the end
+            self._counts[1][0, group.left] += 1  # nothing else changes by one more undecided group at the end
         return group
 
     def _new(self, key: int, prompt: Prompt, version: int, step: int, first: int) -> Open:

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from megatron_nft.config import Config
-from megatron_nft.planner import generation
+from megatron_nft.planner import decoding, generation
 from megatron_nft.planner.decoding import Engine
 from megatron_nft.planner.generation import Order, simulate
 from megatron_nft.planner.hardware import find
 from megatron_nft.planner.workload import Workload
 from megatron_nft.prompts import Cursor, PromptSet
-from megatron_nft.rollout import queue
+from megatron_nft.rollout import queue, sampler
 from megatron_nft.trajectories import Response, Verdict
 from tests.unit.rollout.fakes import MIXED, fake_prompt
 
@@ -129,8 +129,8 @@ def test_the_simulation_sends_writes_and_waits_as_the_queue_does(settings, monke
         assert of_plan == pytest.approx(of_queue, rel=0.2 if carried or name == "steps" else 0.1), name
 
 
-def test_constants_of_the_queue_are_the_queues():
-    assert (generation.SURE, generation.LEAST_SHARE) == (queue.SURE, queue.LEAST_SHARE)
+def test_engines_tell_each_other_as_often_as_the_sampler_says():
+    assert decoding.TELL_EVERY == sampler.TELL_EVERY
 
 
 def test_alike_answers_that_all_run_at_once_take_their_length_in_steps():

@@ -46,6 +46,20 @@ def judge(own: Queue, key: int, *scores: float, **about) -> None:
         own.judged(key, sample, answered(score, **about))
 
 
+def test_groups_whose_verdicts_are_alike_promise_less_and_others_are_sent_instead():
+    own = queue(wanted=10, max_staleness=0)
+    own.begin(1, 0)
+    first = send(own)
+    for key in first:
+        judge(own, key, 0, 0)
+    assert send(own, 1), "two verdicts of three are alike in all of them"
+    mixed = queue(wanted=10, max_staleness=0)
+    mixed.begin(1, 0)
+    for key in send(mixed):
+        judge(mixed, key, 0, 1)
+    assert not send(mixed, 1)
+
+
 def test_groups_are_taken_in_the_order_of_starting_and_one_that_cannot_be_carried_is_waited_for():
     own = queue(max_staleness=0)
     own.begin(1, 0)
