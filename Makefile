@@ -22,6 +22,11 @@ $(VENV)/installed: requirements/cpu.txt requirements/install.sh setup.py
 	PYTHON=$(PYTHON) bash requirements/install.sh .venv-benchmarks requirements/benchmarks.txt
 	@touch $@
 
+# NeMo-Run, for megatron_nft/recipes
+.venv-launch/installed: requirements/launch.txt requirements/install.sh setup.py
+	PYTHON=$(PYTHON) bash requirements/install.sh .venv-launch requirements/launch.txt
+	@touch $@
+
 demo: setup
 	@if [ -f $(DEMO_RUN)/config.yaml ]; then rm -rf $(DEMO_RUN); fi  # an earlier demo's; nothing else is removed
 	$(RUN) -m megatron_nft train examples/arithmetic/nft.yaml run_dir=$(DEMO_RUN) $(DEMO_ARGS)
@@ -52,4 +57,4 @@ lint: setup
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) .venv-benchmarks runs build *.egg-info
+	rm -rf $(VENV) .venv-benchmarks .venv-launch runs build *.egg-info
