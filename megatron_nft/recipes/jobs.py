@@ -1,0 +1,41 @@
+"""The bash of a job: what each task runs, and what the batch script does before. slurm/job.sh has what is common with slurm/*.sbatch."""
+
+import shlex
+
+_TASK = """
+preflight=()
+if [ -n "${SLURM_PROCID:-}" ]; then
+  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+  read -ra nft <<<"$NFT"
+  preflight=(env MASTER_PORT=$((MASTER_PORT - 10000)))  # its own: a rank may begin to train while another one still leaves
+else
+  nft=("${VENV:-.venv}/bin/python")
+  if [ "${RANKS:-1}" -gt 1 ]; then nft+=(-m torch.distributed.run --standalone --nproc-per-node="$RANKS"); fi
+  nft+=(-m megatron_nft)
+fi
+trap 'exit 75' USR1  # the time is over before anything has begun: the next start does it
+"${preflight[@]}" "${nft[@]}" preflight "${settings[@]}" "${expected[@]}"
+exec "${nft[@]}" train "${settings[@]}"
+"""
+
+# Before NeMo-Run's srun. Its batch script ends with srun's code, on which `finish` requeues or does not. SRUN_CPUS_PER_TASK: srun's flag.
+_SETUP = """
+set +vx
+cd "$checkout" && [ -f slurm/job.sh ] || { echo "no checkout of megatron_nft at $checkout: pass checkout=DIR"; exit 2; }
+. slurm/job.sh
+if [ "${SLURM_GPUS_PER_NODE:-0}" != 0 ]; then gpu_settings; fi
+export NFT="${nft[*]}" SRUN_CPUS_PER_TASK=$cpus
+trap 'code=$?; finish' EXIT
+"""
+
+
+def task(checkout: str, settings: list[str], gpus_per_node: int) -> str:
+    """Bash for every task: preflight, then training. `settings`: the words after `megatron-nft train`; no GPUs are looked for where 0."""
+    expected = f"--gpus-per-node {gpus_per_node}" if gpus_per_node else ""
+    return f"set -euo pipefail\ncd {shlex.quote(checkout)}\nsettings=({shlex.join(settings)})\nexpected=({expected}){_TASK}"
+
+
+def setup(checkout: str, run_dir: str, image: str | None) -> str:
+    """Bash for the batch script, once: rendezvous, caches, and the end of a start (requeue, failures in a row), from slurm/job.sh."""
+    given = {"checkout": checkout, "RUN_DIR": run_dir, "CONTAINER_IMAGE": image or ""}
+    return "\n".join(f"{name}={shlex.quote(value)}" for name, value in given.items()) + _SETUP
