@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
         ("evaluate", _evaluate, "score a model (Hugging Face directory, run or checkpoint) on the sets of evaluation.sets"),
         ("sft", _sft, "supervised warm start"),
         ("serve", _serve, "one vLLM server for training with rollout.mode=served"),
+        ("preflight", _preflight, "what a run's nodes, files and network are like, before a model is loaded; on all ranks, as train"),
         ("contamination", _contamination, "problems of the benchmarks that are in the training data"),
     ):
         command = commands.add_parser(name, help=text, description=text)
@@ -67,6 +68,11 @@ def parser() -> argparse.ArgumentParser:
         if name == "train":
             text = "print the settings and where they come from, check all that needs no model in memory, and stop"
             command.add_argument("--dry-run", action="store_true", help=text)
+        if name == "preflight":
+            command.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="GPUs that each node must show; default: 0")
+            command.add_argument("--trainers", type=int, metavar="N", help="ranks that will train, beside servers; default: all")
+            text = "let a run that is resumed have other settings than it began with"
+            command.add_argument("--changed", action="store_true", help=text)
         if name == "contamination":
             command.add_argument("--words", type=int, default=13, metavar="N", help="a run of so many words in common touches a problem")
             text = "for --ids: the least share of a problem's runs that a training question has"
@@ -163,6 +169,12 @@ def _serve(arguments: argparse.Namespace) -> None:
     from megatron_nft.rollout.serving import serve
 
     serve(settings, policy.precision_of(settings.model.precision))
+
+
+def _preflight(arguments: argparse.Namespace) -> None:
+    from megatron_nft.preflight import preflight
+
+    preflight(arguments.config, arguments.overrides, arguments.gpus_per_node, arguments.trainers, arguments.changed)
 
 
 def _contamination(arguments: argparse.Namespace) -> None:

@@ -14,6 +14,8 @@ import threading
 import time
 from typing import Self
 
+from megatron_nft import watchdog
+
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 HOUR = 3600  # seconds; select() takes no number of any size
@@ -113,6 +115,7 @@ class StopRequest:
     def _leave(self, what: str) -> None:
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"megatron-nft: {rank}{what}; {self.goes_on}", file=sys.stderr, flush=True)
+        watchdog.take_leave()
         os._exit(EXIT_CODE)  # no teardown: it could hang like the rest
 
 

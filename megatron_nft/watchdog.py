@@ -2,7 +2,8 @@
 
 A thread looks whether the running phase has had a beat within its limit. A main thread that is stuck in C with the interpreter's lock
 never lets that thread run; for it there is faulthandler's timer, a C thread without the lock, which writes the stacks into the pipe of a
-small process of ours. That process knows the phase, and writes both where they belong.
+small process of ours. That process knows the phase, and writes both where they belong. It also outlives a process that is killed, and says
+in which phase that was: who else could, where the system's memory killer or a node's administrator leaves no word?
 
 One watchdog a process: `phase`, `reach` and `beat` mean the one that is in force, and do nothing where there is none.
 """
@@ -59,8 +60,17 @@ class Watchdog:
             self._changed.notify()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
+        self.take_leave()
         self._helper.stdin.close()
         self._helper.wait()
+
+    def take_leave(self) -> None:
+        """This process ends by itself, and has said why."""
+        self._tell_helper(f"{_MARK}\n")
+
+    def forget(self) -> None:
+        """In a forked child, which is not watched: as long as it held the pipe the helper would not see this process end."""
+        self._helper.stdin.close()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -93,7 +103,7 @@ class Watchdog:
     def _note(self) -> None:
         """Another phase runs. Where its limit is another, the timer is set at once: this thread may be stuck before the other one
         gets to it."""
-        self._tell_helper(f"{_MARK}{self._line(f'{self.limit:g}')}, stuck outside of Python\n")
+        self._tell_helper(f"{_MARK}{self._place()}{_MARK}no progress for {self.limit:g} s, stuck outside of Python\n")
         if self.limit != self._watched:
             self._set_timer()
             with self._changed:
@@ -107,8 +117,8 @@ class Watchdog:
         except BrokenPipeError:  # it was killed: the stacks alone, then
             self._out, self._watched = sys.__stderr__.fileno(), None
 
-    def _line(self, seconds: str) -> str:
-        return f"megatron-nft: rank {self._rank}: phase {self._names[-1]}: no progress for {seconds} s"
+    def _place(self) -> str:
+        return f"megatron-nft: rank {self._rank}: phase {self._names[-1]}: "
 
     def _set_timer(self) -> None:
         """A whole limit after the next look: the beats until then do not reach the timer, and the last of them may be the last of all."""
@@ -129,13 +139,14 @@ class Watchdog:
                 self._changed.wait(min(limit / LOOKS, limit - quiet) if limit else None)
 
     def _leave(self, quiet: float) -> None:
-        line = self._line(f"{quiet:.0f}").encode() + b"\n"
+        line = f"{self._place()}no progress for {quiet:.0f} s\n".encode()
         try:
             for to in (sys.__stderr__.fileno, self._open_file):
                 file = to()
                 os.write(file, line)
                 faulthandler.dump_traceback(file, all_threads=True)
         finally:  # a full disk does not keep it alive
+            self.take_leave()
             os._exit(EXIT_CODE)
 
     def _open_file(self) -> int:
@@ -144,7 +155,14 @@ class Watchdog:
 
 
 _current: list[Watchdog] = []
-os.register_at_fork(after_in_child=_current.clear)  # a child is not watched
+
+
+def _forget() -> None:
+    while _current:
+        _current.pop().forget()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def phase(name: str):
@@ -164,20 +182,30 @@ def beat() -> None:
         _current[-1].beat()
 
 
+def take_leave() -> None:
+    """Watchdog.take_leave of the watchdog in force: before an os._exit."""
+    if _current:
+        _current[-1].take_leave()
+
+
 def _listen(file: str) -> None:
-    """The helper: reads which phase runs, until the pipe is closed, which is the end, or something else comes: stacks."""
+    """The helper: reads which phase runs, until stacks come, or the pipe is closed: the end, for which there is a reason unless a phase
+    still runs."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # launchers send them to all processes of a job; this one ends with the one it serves
-    phase_line = ""
+    place = stuck = ""
     for line in sys.stdin:
         if not line.startswith(_MARK):
-            report = phase_line + line + sys.stdin.read()
+            report = place + stuck + line + sys.stdin.read()
             sys.stderr.write(report)
             with suppress(OSError):  # no room: it stands in stderr
                 Path(file).parent.mkdir(parents=True, exist_ok=True)
                 Path(file).write_text(report)
             return
-        phase_line = line.removeprefix(_MARK)
+        place, _, stuck = line.rstrip("\n").removeprefix(_MARK).partition(_MARK)
+        stuck += "\n"
+    if place:
+        sys.stderr.write(f"{place}the process is gone: killed, or crashed outside of Python\n")
 
 
 if __name__ == "__main__":

@@ -91,3 +91,12 @@ def _check_speculation(rollout: RolloutConfig) -> None:
     method = str(speculative.get("method"))
     if not (method.startswith("ngram") or method == "suffix" or speculative.get("model")):
         raise UserError(f"rollout.speculative_config has method {method} and no model", "name the draft's directory as model, or use ngram")
+
+
+def check_world(rollout: RolloutConfig, world: int) -> None:
+    """Raise UserError where `world` processes do not divide into engines."""
+    if world % rollout.tensor_parallel_size:
+        raise UserError(
+            f"rollout.tensor_parallel_size ({rollout.tensor_parallel_size}) does not divide the number of processes ({world})",
+            "use a divisor of it",
+        )

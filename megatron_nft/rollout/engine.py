@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_nft import watchdog
 from megatron_nft.checksums import Checksum
 from megatron_nft.config import RolloutConfig
-from megatron_nft.errors import UserError
+from megatron_nft.config.engine import check_world
 from megatron_nft.rollout import kv_scales, loaded
 from megatron_nft.rollout.arguments import engine_arguments, has_draft_model, refusals_told
 from megatron_nft.rollout.settings import (
@@ -41,15 +41,6 @@ from megatron_nft.trajectories import Prompt, Response
 from megatron_nft.weights import Bucket, is_checkpoint, load_weights, read_buckets
 
 ASK_EVERY = 8  # scheduler steps: a fraction of a second, against a reduction over all ranks
-
-
-def check_world(rollout: RolloutConfig, world: int) -> None:
-    """Raise UserError where `world` processes do not divide into engines."""
-    if world % rollout.tensor_parallel_size:
-        raise UserError(
-            f"rollout.tensor_parallel_size ({rollout.tensor_parallel_size}) does not divide the number of processes ({world})",
-            "use a divisor of it",
-        )
 
 
 class Engine:

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from megatron_nft.config import Config, max_model_len
+from megatron_nft.config.engine import check_world
 from megatron_nft.rollout import arguments, tools
 from megatron_nft.rollout.asynchronous import ServedSampler
-from megatron_nft.rollout.engine import Engine, check_world
+from megatron_nft.rollout.engine import Engine
 from megatron_nft.rollout.replay import NoEngine, Replay
 from megatron_nft.rollout.sampler import Sampler
 from megatron_nft.rollout.served import ServedEngine

@@ -3,7 +3,7 @@
 #   cluster.sh up DIR      then: export SLURM_CONF=DIR/slurm.conf
 #   cluster.sh down DIR    ends its jobs and daemons, and removes DIR
 # Partition cpu: node1 and node2, whose slurmd run in mount and UTS namespaces of their own, so that each has its hostname, resolves the
-# other's, and has a disk of its own at DIR/local. Partition gpu: 16 nodes of 8 GPUs that exist on paper, for `sbatch --test-only`.
+# other's, and has a disk of its own at DIR/local. Each is given two GPUs that no program finds. Partition gpu: 16 nodes of 8 GPUs that exist on paper, for `sbatch --test-only`.
 set -euo pipefail
 command=$1 D=$(readlink -m "$2") nodes=2 paper=h100-[1-16]
 export SLURM_CONF=$D/slurm.conf
@@ -55,9 +55,11 @@ NodeName=$paper CPUs=128 CoresPerSocket=64 Sockets=2 RealMemory=1900000 Gres=gpu
 PartitionName=gpu Nodes=$paper MaxTime=INFINITE
 PartitionName=cpu Nodes=node[1-$nodes] Default=YES MaxTime=INFINITE
 C
+  for i in 0 1; do mknod "$D/nvidia$i" c 1 3; done # Slurm hands them out as GPUs; no program finds one
+  echo "NodeName=node[1-$nodes] Name=gpu File=$D/nvidia[0-1]" >"$D/gres.conf"
   printf '127.0.0.1 localhost %s\n' "$(hostname)" >"$D/hosts"
   for ((i = 1; i <= nodes; i++)); do
-    echo "NodeName=node$i NodeAddr=127.0.1.$i Port=$((first + i)) CPUs=8 RealMemory=4000" >>"$SLURM_CONF"
+    echo "NodeName=node$i NodeAddr=127.0.1.$i Port=$((first + i)) CPUs=8 RealMemory=4000 Gres=gpu:2" >>"$SLURM_CONF"
     echo "127.0.1.$i node$i" >>"$D/hosts"
   done
 }
@@ -90,15 +92,17 @@ up() {
 }
 
 down() {
-  local pid file
+  local file pids=() i
   scancel --signal=KILL --full -u root 2>/dev/null || true
   scancel -u root 2>/dev/null || true
   for file in "$D"/slurmd.*.pid "$D/slurmctld.pid" "$D/munged.pid"; do
-    pid=$(cat "$file" 2>/dev/null) || continue
-    kill "$pid" 2>/dev/null || continue
-    for ((i = 0; i < 100; i++)); do if kill -0 "$pid" 2>/dev/null; then sleep 0.1; else break; fi; done
-    kill -KILL "$pid" 2>/dev/null || true
+    if [ -f "$file" ]; then pids+=("$(cat "$file")"); fi
   done
+  kill "${pids[@]}" 2>/dev/null || true
+  for ((i = 0; i < 100; i++)); do
+    if kill -0 "${pids[@]}" 2>/dev/null; then sleep 0.1; else break; fi
+  done
+  kill -KILL "${pids[@]}" 2>/dev/null || true
   rm -rf "$D"
 }
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,29 @@ with Watchdog(1000, 0, {str(tmp_path)!r}, {{"train": 0.5}}) as it:
         asleep_in_c()
 """)
     assert done.returncode == STUCK_EXIT_CODE and " in asleep_in_c\n" in done.stderr and "\0" not in done.stderr
+
+
+def test_a_process_that_is_killed_is_told_of(tmp_path):
+    """By the helper, at once: a forked child that is still there does not keep it waiting."""
+    done = run(f"""
+with Watchdog(1000, 5, {str(tmp_path)!r}):
+    with watchdog.phase("train"):
+        pass
+    with watchdog.phase("generate"):
+        if not os.fork():
+            time.sleep(0.7)
+            os.write(2, b"the child ends\\n")
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+""")
+    line = "megatron-nft: rank 5: phase generate: the process is gone: killed, or crashed outside of Python\n"
+    assert (done.returncode, done.stderr) == (-signal.SIGKILL, line + "the child ends\n")
+
+
+@pytest.mark.parametrize("leave", ["watchdog.take_leave(); os._exit(3)", "sys.exit(3)"])
+def test_a_process_that_leaves_by_itself_has_said_why(tmp_path, leave):
+    done = run(f"with Watchdog(1000, 5, {str(tmp_path)!r}):\n    {leave}")
+    assert (done.returncode, done.stderr) == (3, "")
 
 
 def test_the_phases_that_can_be_set_are_those_of_the_program():

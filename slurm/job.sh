@@ -1,0 +1,90 @@
+# What the job scripts of this folder have in common. They source it, from the checkout that sbatch was started in: Slurm runs a copy of them.
+# From them: RUN_DIR; and `settings`, the words after `megatron-nft train`. From whoever submits, all of it with a default:
+#   VENV             a Python environment, .venv                          NFT            the whole command instead, e.g. python3 -m megatron_nft
+#   CONTAINER_IMAGE  an image for Pyxis, none; then VENV is not used      MAX_FAILURES   starts in a row that save nothing new, 3
+#   CONTAINER_MOUNTS what it sees besides its own files, the checkout     CACHE          node-local folder of the compilers' caches, /tmp
+# What else is in the submitting shell (NCCL_SOCKET_IFNAME, NCCL_IB_HCA, GLOO_SOCKET_IFNAME of your network) reaches the ranks, too.
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MAX_FAILURES=${MAX_FAILURES:-3} failures=$RUN_DIR/failures
+if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then rm -f "$failures"; fi  # a new submission, which starts with a clean slate
+
+# Where the ranks meet: the first node, at a port below those that a kernel hands out, and another one for each job.
+export MASTER_ADDR=${hosts[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+
+# The same command bare and in a container. Its name is the job's own: two jobs on a node do not share one, and the steps of a job do.
+container=()
+if [ -n "${CONTAINER_IMAGE:-}" ]; then
+  container=(--container-image="$CONTAINER_IMAGE" --container-name="nft-$SLURM_JOB_ID" --container-workdir="$PWD"
+             --container-mounts="${CONTAINER_MOUNTS:-$PWD}")
+  NFT=${NFT:-python3 -m megatron_nft}
+fi
+read -ra nft <<<"${NFT:-${VENV:-.venv}/bin/python -m megatron_nft}"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+
+# Caches of compiled kernels are the job's own, on each node's disk: many nodes that write one on a shared file system wait for its locks, and
+# another job's may be of other versions. The hub's cache (HF_HOME, with your models and token) stays where it is.
+cache=${CACHE:-/tmp}/nft-$SLURM_JOB_ID
+export VLLM_CACHE_ROOT=$cache/vllm TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor HF_DATASETS_CACHE=$cache/datasets
+
+# A rank has its share of a node's CPUs, in the order of the ranks: the first half on the first socket, as the GPUs are. Threads that wander
+# to the other socket make copies to the host, and the launching of kernels, slower.
+cpus=$((SLURM_CPUS_ON_NODE / SLURM_NTASKS_PER_NODE))
+bound=(--cpu-bind=cores --distribution=block:block)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus < 8 ? cpus : 8))}  # more threads than CPUs would only wait for each other
+export PYTHONUNBUFFERED=1  # a line is in the log when it is printed, not when a buffer is full
+
+gpus=${SLURM_GPUS_PER_NODE:-0} gpus=${gpus##*:}  # of a node: a number, or kind:number
+gpu_settings() {
+  export CUDA_DEVICE_MAX_CONNECTIONS=1  # kernels start in the order they were queued: Megatron's overlap of communication rests on it
+  export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}  # buffers on each communicator, of which Megatron and vLLM have dozens: memory for answers
+  export NCCL_DEBUG=${NCCL_DEBUG:-WARN}  # its warnings name the adapter or the peer; INFO: which network it chose
+  unset PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF  # expandable segments exclude vLLM's sleep, which gives the memory to the trainer
+}
+
+# ranks HOSTS SRUN-FLAGS... -- WORDS...: megatron-nft WORDS as one rank a task; all of them end when one fails (--kill-on-bad-exit). Its exit
+# code is in `code`. In the background, because bash runs traps only between commands, and a rank that saves must be waited for.
+ranks() {
+  local on=$1 nodes interrupted flags=() rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
+  shift
+  while [ "$1" != -- ]; do flags+=("$1") && shift; done
+  shift
+  if [ -n "$asked" ]; then code=75 && return; fi
+  nodes=$(wc -w <<<"$on")
+  srun --nodes="$nodes" --nodelist="${on// /,}" --ntasks=$((nodes * SLURM_NTASKS_PER_NODE)) --ntasks-per-node="$SLURM_NTASKS_PER_NODE" \
+    --cpus-per-task="$cpus" "${bound[@]}" --kill-on-bad-exit=1 "${flags[@]}" "${container[@]}" bash -c "$rank" rank "${nft[@]}" "$@" &
+  running=$! interrupted=yes
+  while [ -n "$interrupted" ]; do  # by a signal, which ends `wait` and not srun
+    interrupted='' code=0
+    wait $running || code=$?
+  done
+  running=''
+}
+running='' asked='' code=0
+stop() {
+  asked=yes interrupted=yes
+  if [ -n "$running" ]; then kill -USR1 "$running" || true; fi
+}
+trap stop USR1 TERM  # srun hands USR1 to every rank: the run saves, and ends with 75
+
+# The end of a start. A run that was stopped (75) or failed goes back into the queue and resumes from its newest checkpoint; not after a mistake
+# of the user's (2), which the next start would find again, nor when MAX_FAILURES starts in a row have saved nothing new.
+finish() {
+  local count=0 before='' newest
+  local everywhere=(srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+  "${everywhere[@]}" rm -rf "$cache" || true
+  if [ -n "${CONTAINER_IMAGE:-}" ]; then "${everywhere[@]}" enroot remove -f "pyxis_nft-$SLURM_JOB_ID" 2>/dev/null || true; fi
+  if [ "$code" = 0 ]; then rm -f "$failures" && exit 0; fi
+  if [ "$code" = 2 ]; then echo "not started again: mend what is said above, then submit anew" && exit 2; fi
+  if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then exit "$code"; fi  # cancelled or preempted
+  newest=$(find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null | sort -V | tail -n 1) || true
+  if [ -f "$failures" ]; then read -r count before <"$failures"; fi
+  if [ "$newest" != "$before" ]; then count=0; fi
+  mkdir -p "$RUN_DIR" && echo "$((count + 1)) $newest" >"$failures"
+  if [ $((count + 1)) -ge "$MAX_FAILURES" ]; then
+    echo "stopped: $MAX_FAILURES starts in a row saved nothing new, the last one ended with $code; submit anew when that is mended"
+    exit "$code"
+  fi
+  echo "ended with $code: back into the queue, to go on from ${newest:-the beginning}"
+  scontrol requeue "$SLURM_JOB_ID"
+  exit "$code"
+}
