@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -90,12 +90,14 @@ def charts_of(rows: list[dict]) -> list[Chart]:
                    for key, colour in zip((k for k in keys if k.startswith("memory/")), PALETTE, strict=False))  # fmt: skip
     present = [name for name in stage_names(rows) if name != "other"]
     stages = tuple(Series(f"time/{name}", name.replace("_", " "), STAGES.get(name, GREY)) for name in present)
+    balance = tuple(replace(series, key=series.key.replace("time/", "balance/")) for series in stages)
     every = (
         Chart(
             "Validation accuracy", "On held-out problems: one greedy answer, and the mean of k sampled ones.", validation_series(keys), "%"
         ),
         *CHARTS,
         Chart("Seconds by stage", "Wall time of each step, without the time between stages.", stages, "s", "stack"),
+        Chart("Slowest rank", "Its own seconds in a stage over the mean of all ranks; 1 means that nobody waits.", balance, smooth=False),
         Chart("Memory", "Peak of each phase, in GiB.", memory, "GiB", divisor=2**30, whole=True),
     )
     return [chart for chart in every if any(series.key in keys for series in chart.series)]

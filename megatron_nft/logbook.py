@@ -4,6 +4,9 @@ A row is one step: every metric added and every second of a stage since the last
 (sampled in the step), `timestamp` (Unix time), `time/<stage>` and `time/step` in seconds, `train/<metric>`,
 `validation/<set>/greedy` and `validation/<set>/avg@k` in 0..1, `memory/<phase>` in bytes. `time/checkpoint_write` is how
 long a save took that ended in the step, from its start until it was complete; what the loop waited for it is in `time/checkpoint`.
+Of several ranks also `balance/<stage>`, the slowest one's seconds over the mean of all, and `balance/<stage>_slowest`, which one it is and
+on which machine. These are a rank's own seconds where they can be told from those it waits: of generate the steps of its engine, of
+old_logprobs and train its forward passes. The other stages, validate among them, are timed whole, and their ranks wait for each other.
 """
 
 import json
@@ -11,14 +14,15 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol, Self, TextIO
 
 from tqdm import tqdm
 
 from megatron_nft import watchdog
+from megatron_nft.balance import Balance
 from megatron_nft.config import LoggingConfig
 from megatron_nft.errors import UserError
 from megatron_nft.locks import exclusive
@@ -44,12 +48,15 @@ class Logbook:
     enabled: False on every rank but 0; then only the stages are timed.
     config: the resolved config, for Weights & Biases. stream: standard output by default; a terminal gets the bar.
     meter: starts anew with every stage, and then tells its peak in bytes, for memory/<phase>; None: no such metrics.
+    balance: compares the ranks' seconds at every commit, on all ranks. around: what a stage is to run in, by its name.
     """
 
     def __init__(self, run_dir: str | Path, title: str, total_steps: int, first_step: int = 0, wandb: LoggingConfig | None = None,
                  config: dict | None = None, enabled: bool = True, stream: TextIO | None = None,
-                 meter: Meter | None = None, row: dict[str, float] | None = None):  # fmt: skip
+                 meter: Meter | None = None, row: dict[str, float] | None = None, balance: Balance | None = None,
+                 around: Callable[[str], AbstractContextManager] = nullcontext):  # fmt: skip
         self._meter = meter if enabled else None
+        self._balance, self._around, self._own = balance, around, {}
         self.title, self.total_steps, self.first_step, self.enabled = title, total_steps, first_step, enabled
         self.row: dict[str, float] = dict(row or {})
         self._row_started: float | None = None  # set by the first stage, so that start-up is not part of a step
@@ -91,7 +98,7 @@ class Logbook:
         if self._meter is not None:
             self._meter.start()
         try:
-            with watchdog.phase(name):
+            with watchdog.phase(name), self._around(name):
                 yield
         finally:
             self._in_stage = False
@@ -104,6 +111,11 @@ class Logbook:
         self._elsewhere += seconds
         self._count(name, seconds)
 
+    def own(self, name: str, seconds: float | None) -> None:
+        """Of the stage's seconds so many were this rank's own work; None: that is not known. What is not told waits for nobody."""
+        if seconds is not None:
+            self._own[name] = self._own.get(name, 0.0) + seconds
+
     def _count(self, name: str, seconds: float) -> None:
         self.row[f"time/{name}"] = self.row.get(f"time/{name}", 0.0) + seconds
 
@@ -112,11 +124,11 @@ class Logbook:
         if self.enabled:
             self.row.update({key: _number(value) for key, value in {**(metrics or {}), **more}.items()})
 
-    def commit(self, step: int) -> dict[str, float]:
-        """End the row: write it, send it to wandb, show it. Returns the row, stage times included."""
+    def commit(self, step: int) -> dict[str, float | str]:
+        """End the row: write it, send it to wandb, show it. Returns the row, stage times included. Collective where there is a balance."""
         now = time.perf_counter()
         seconds = now - self._row_started if self._row_started else 0.0
-        row = {"step": step, "timestamp": round(time.time(), 3), **self.row, "time/step": seconds}
+        row = {"step": step, "timestamp": round(time.time(), 3), **self.row, **self._compared(step), "time/step": seconds}
         self.row, self._row_started = {}, now
         if not self.enabled:
             return row
@@ -128,6 +140,17 @@ class Logbook:
             self._seconds.append(seconds)
         self._show(step, row)
         return row
+
+    def _compared(self, step: int) -> dict[str, float | str]:
+        """Of this rank's seconds and all others'."""
+        if self._balance is None:
+            return {}
+        spent = {key.removeprefix("time/"): value for key, value in self.row.items() if key.startswith("time/")}
+        metrics, lines = self._balance.compare(step, spent | self._own)
+        self._own = {}
+        for line in lines:
+            self.note(line)
+        return metrics
 
     def note(self, text: str) -> None:
         """Print a line, above the bar where there is one."""

@@ -1,8 +1,10 @@
 """A run's curves, tables and sample answers as one self-contained HTML page, and the table at the end of a training."""
 
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from statistics import median
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
@@ -81,6 +83,19 @@ def totals(rows: list[dict]) -> Totals:
     return Totals(rows[-1]["step"], int(sum(row.get("tokens", 0) for row in rows)), seconds, shares)
 
 
+def slowest(rows: list[dict]) -> list[tuple[str, float, float, int, str, float]]:
+    """Of every stage that ranks were compared in: its name, the slowest rank's seconds over the ranks' mean in the median step, and in the
+    worst, which that was; the rank that most often was the slowest, and in what share of the steps. None of a run of one rank."""
+    found = []
+    for stage in charts.stage_names(rows):
+        told = [(row[f"balance/{stage}"], row["step"], row[f"balance/{stage}_slowest"]) for row in rows if f"balance/{stage}" in row]
+        if told:
+            [(who, times)] = Counter(who for *_, who in told).most_common(1)
+            worst, step, _ = max(told)
+            found.append((stage, median(ratio for ratio, *_ in told), worst, step, who, times / len(told)))
+    return found
+
+
 def summary(run_dir: str | Path) -> str:
     """The plain-text table at the end of a training: accuracy before and after, tokens, minutes by stage; and the evaluations there are."""
     evaluated = page.evaluations(run_dir)
@@ -119,6 +134,7 @@ def write_report(run_dir: str | Path) -> Path:
         **about,
         accuracies=accuracies(rows),
         totals=totals(rows) if rows else None,
+        slowest=slowest(rows),
         stage_colours=charts.STAGES,
         charts=[(chart.title, chart.reading, Markup(charts.svg(chart, rows))) for chart in charts.charts_of(rows)] if rows else [],
         samples=samples.sample_answers(run_dir, about["model"]),

@@ -2,13 +2,14 @@
 
 import random
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 
 from megatron_nft import batching, objectives, policy, prompts, saves, watchdog
+from megatron_nft.balance import Balance
 from megatron_nft.config import Config, save
 from megatron_nft.errors import UserError
 from megatron_nft.logbook import Logbook, held
@@ -26,7 +27,7 @@ def sft(config: Config, stop: StopRequest) -> None:
     resume_from = checkpoint.find(config, "sft")
     policy.check(config, window=1)
     examples = load_examples(config)
-    with held(config.run_dir):
+    with held(config.run_dir), policy.memory_told(config.run_dir):
         _train(config, stop, resume_from, examples)
 
 
@@ -46,7 +47,8 @@ def _train(config: Config, stop: StopRequest, resume_from: Path | None, examples
         run_dir.mkdir(parents=True, exist_ok=True)
         save(config, run_dir / "config.yaml")
     log = Logbook(run_dir, "sft", config.sft.steps, first_step, config.logging, asdict(config), enabled=topology.is_first,
-                  meter=policy.PeakMemory())  # fmt: skip
+                  meter=policy.PeakMemory(), balance=Balance(policy.gathered, policy.hosts()),
+                  around=partial(policy.memory_told, run_dir))  # fmt: skip
     kept = saves.Saves(model, config, log, topology.is_first)
     log.note(f"{len(examples)} examples; {policy.kernels(config)}")
     if first_step:
@@ -59,6 +61,7 @@ def _train(config: Config, stop: StopRequest, resume_from: Path | None, examples
             [batches] = model.pack(plan(chosen, model.layout(len(chosen))), dict(enumerate(chosen)))
         with log.stage("train"):
             totals = model.update(batches, objectives.likelihood, ["terms_count", "nll_sum"])
+        log.own("train", model.own_seconds)
         log.add(
             {f"train/{name}": totals[name] for name in ("loss", "grad_norm", "lr", "loss_scale") if name in totals},
             tokens=totals["terms_count"],

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self
 
 from megatron_nft import batching, objectives, policy, prompts, rollout, saves, watchdog
+from megatron_nft.balance import Balance
 from megatron_nft.config import Config, max_model_len, save
 from megatron_nft.errors import UserError
 from megatron_nft.evaluation import evaluate
@@ -26,7 +27,7 @@ def train(config: Config, stop: StopRequest) -> None:
 
     Raises Stopped, with the state saved, where `stop` asks for it before the last step has ended.
     """
-    with Run(config, stop) as run:
+    with policy.memory_told(config.run_dir), Run(config, stop) as run:
         for step in run.steps():
             with run.log.stage("generate"):  # a^1..a^K ~ pi_old for prompts q ~ D, until enough groups have 0 < r̂ < 1
                 groups = run.sample(step)
@@ -88,6 +89,7 @@ def check_together(config: Config) -> None:
             "raise it, or lower one of them",
         )
     rollout.check(config, policy.world_size())
+    policy.check_ranks(config)
     check_writable(config.run_dir)
 
 
@@ -106,6 +108,7 @@ class Run:
         self._open.enter_context(held(self.run_dir))
         self.topology = policy.initialize(config.parallel, config.seed)
         self._open.callback(policy.shutdown)
+        self.profiler = policy.Profiler(config, self.topology.rank)
         self.policy = policy.Policy(config, self.topology)
         self.objective = partial(objectives.loss, settings=config.objective)
         self.cursor = Cursor(given.prompts, config.seed, config.data.shuffle, config.data.most_skipped)
@@ -165,11 +168,19 @@ class Run:
             enabled=first,
             meter=policy.PeakMemory(),
             row=self.state.get("row"),
+            balance=Balance(policy.gathered, policy.hosts()),
+            around=self._around,
         )
         log.note(f"{len(self.cursor.prompts)} prompts{self.cursor.prompts.told}; {policy.kernels(config)}")
         if self.first_step:
             log.note(f"resumed after step {self.first_step}")
         return log
+
+    @contextmanager
+    def _around(self, stage: str) -> Iterator[None]:
+        """What every stage runs in."""
+        with policy.memory_told(self.run_dir, stage), self.profiler.stage(stage):
+            yield
 
     def steps(self) -> Iterator[int]:
         """The rollout steps that are left: up to train.steps, or until train.sampled_tokens have been sampled."""
@@ -182,7 +193,8 @@ class Run:
         while not self._is_last(step):
             self._stop_if_asked()
             step += 1
-            yield step
+            with self.profiler.step(step):
+                yield step
 
     def _stop_if_asked(self) -> None:
         """Between two steps, and within a step as long as no weight has changed."""
@@ -199,6 +211,7 @@ class Run:
         for warning in result.warnings:
             self.log.note(f"step {step}: {warning}")
         self.log.count_as("rewards", result.reward_seconds)
+        self.log.own("generate", result.own_seconds)
         tokens = result.statistics["sampled_tokens"]
         self.tokens += tokens
         self.log.add({f"train/{name}": value for name, value in result.statistics.items()} | result.engines, tokens=tokens)
@@ -230,14 +243,18 @@ class Run:
         if self.config.train.old_logprobs == "rollout":
             self.policy.copy_old_logprobs([batch for mini in mini_batches for batch in mini])
         elif later:
-            return [self.policy.fill_old_logprobs(later, self.config.objective)]
+            totals = self.policy.fill_old_logprobs(later, self.config.objective)
+            self.log.own("old_logprobs", self.policy.own_seconds)
+            return [totals]
         return []
 
     def update(self, mini_batch: list[Batch], on_policy: bool) -> dict[str, float]:
         """One optimiser step; on_policy: on the weights that sampled. Returns its totals."""
         if on_policy:
             self._stop_if_asked()  # for the last time: after the first update the step is finished and saved
-        return self.policy.update(mini_batch, self.objective, objectives.METRICS, on_policy, self.watch)
+        totals = self.policy.update(mini_batch, self.objective, objectives.METRICS, on_policy, self.watch)
+        self.log.own("train", self.policy.own_seconds)
+        return totals
 
     def sync(self, step: int) -> None:
         """The trainer's weights for the sampler, and the check that they got there."""

@@ -96,6 +96,11 @@ class Watchdog:
         self._last = time.monotonic()
 
     @property
+    def running(self) -> str:
+        """The phase that runs."""
+        return self._names[-1]
+
+    @property
     def limit(self) -> float:
         """Seconds without a beat that the running phase may take; 0: without end."""
         return self._phases.get(self._names[-1], self._limit)
@@ -168,6 +173,11 @@ os.register_at_fork(after_in_child=_forget)
 def phase(name: str):
     """Watchdog.phase of the watchdog in force."""
     return _current[-1].phase(name) if _current else nullcontext()
+
+
+def running() -> str | None:
+    """The phase that runs; None where no watchdog is in force."""
+    return _current[-1].running if _current else None
 
 
 def reach(name: str) -> None:

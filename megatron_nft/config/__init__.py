@@ -7,6 +7,7 @@ from megatron_nft.config.loading import describe, known_keys, load, load_with_so
 from megatron_nft.config.objective import POLICY_GRADIENT
 from megatron_nft.config.sampling import SetSampling, max_answer_length, max_model_len, samplings, set_sampling
 from megatron_nft.config.settings import (
+    STAGES,
     Config,
     CorrectionConfig,
     DataConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "BENCHMARKS",
     "DATA_SUFFIXES",
     "POLICY_GRADIENT",
+    "STAGES",
     "Benchmark",
     "Config",
     "CorrectionConfig",

@@ -6,7 +6,7 @@ import re
 from megatron_nft.config import engine, megatron
 from megatron_nft.config.objective import AUTHORS_DAPO, OWN_SETTINGS, POLICY_GRADIENT, PUBLISHED
 from megatron_nft.config.sampling import set_sampling
-from megatron_nft.config.settings import PHASES, Config, DatasetConfig, dataset_name, value_of
+from megatron_nft.config.settings import PHASES, STAGES, Config, DatasetConfig, dataset_name, value_of
 from megatron_nft.errors import UserError
 
 LAST_PORT = 65535  # of TCP
@@ -60,6 +60,7 @@ def _check_pairs(config: Config) -> None:
     _check_served(config)
     _check_batches(config)
     _check_watchdog(config)
+    _check_profile(config)
     engine.check(config)
     megatron.check(config)
 
@@ -240,6 +241,15 @@ def _check_watchdog(config: Config) -> None:
             raise UserError(f"train.watchdog_phases names {name!r}", f"use {', '.join(PHASES)}")
         if seconds < 0:
             raise UserError(f"train.watchdog_phases.{name} is {seconds}", "use seconds, 0 for no limit")
+
+
+def _check_profile(config: Config) -> None:
+    profile = config.profile
+    for key, least in (("steps", 1), ("ranks", 0)):
+        if wrong := [number for number in getattr(profile, key) if number < least]:
+            raise UserError(f"profile.{key} has {wrong[0]}", f"use whole numbers, {least} or more")
+    if wrong := [name for name in profile.stages if name not in STAGES]:
+        raise UserError(f"profile.stages names {wrong[0]!r}", f"use {', '.join(STAGES)}")
 
 
 _CHOICES = {

@@ -255,8 +255,9 @@ class TrainConfig:
     watchdog_phases: dict[str, int] = field(default_factory=dict)  # another limit for some phases (PHASES), e.g. {start: 7200}
 
 
-# what train.watchdog_phases may name: the stages of a step, what is between them, and what is before the first and after the last
-PHASES = ("start", "step", "generate", "batching", "old_logprobs", "train", "sync", "validate", "checkpoint", "end")
+# the stages of a step; and what train.watchdog_phases may name: these, what is between them, before the first and after the last
+STAGES = ("generate", "batching", "old_logprobs", "train", "sync", "validate", "checkpoint")
+PHASES = ("start", "step", *STAGES, "end")
 
 
 @dataclass
@@ -352,6 +353,12 @@ class ProfileConfig:
 
     steps: list[int] = field(default_factory=list)  # rollout steps; none: no profiler
     ranks: list[int] = field(default_factory=lambda: [0])
+    # of these stages alone (STAGES), each in a file of its own, step_N-rankR-STAGE.json.gz; none: the whole step, whose `generate`, where
+    # answers are long, makes a file of gigabytes
+    stages: list[str] = field(default_factory=list)
+    # GPUs: note the Python stack of every allocation, a few microseconds each, so that the snapshot that an out-of-memory error leaves
+    # in run_dir says which line holds what; without it the snapshot has sizes and addresses
+    memory_history: bool = False
 
 
 @dataclass

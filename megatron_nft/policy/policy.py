@@ -17,6 +17,7 @@ from megatron_nft.config import Config, ObjectiveConfig
 from megatron_nft.errors import UserError
 from megatron_nft.objectives import MEASURED
 from megatron_nft.policy import checkpoint, context, exchange, losses, model, optimizer, versions
+from megatron_nft.policy.busy import Busy
 from megatron_nft.policy.logprobs import Head
 from megatron_nft.policy.losses import Objective
 from megatron_nft.policy.offload import LEVELS, Offload
@@ -49,6 +50,7 @@ class Policy:
         load() to fill: config.model.path then needs no more than a config.json."""
         self.config, self.topology = config, topology
         self._saver = checkpoint.Saver()
+        self._busy = Busy()
         self.temperature = config.rollout.temperature  # log-probs are of the distribution that is sampled from
         source = load_weights(config.model.path) if weights else None
         self.hf = source.config if source else read_json(Path(config.model.path) / "config.json")
@@ -110,6 +112,7 @@ class Policy:
             sums = losses.fill_old_logprobs(self._hidden(output), self._head(), batch, _places(batch), settings)
             return torch.zeros((), device=output.device), torch.zeros((), dtype=torch.int), sums
 
+        self._busy.begin()
         parts = self._joinable(batches)
         joined = [join(part) for part in parts]
         with torch.no_grad():  # a pipeline's stages agree on one length, which a rollout step need not have
@@ -154,6 +157,7 @@ class Policy:
             loss, metrics = losses.loss(*given, measured=on_policy, own=own, scale=scale, watch=watch)
             return loss, torch.zeros((), dtype=torch.int), metrics
 
+        self._busy.begin()
         self._come_back()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -203,8 +207,19 @@ class Policy:
         watchdog.beat()
         packed = PackedSeqParams("thd", batch.cu_seqlens, batch.cu_seqlens, max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen)
         packed.places = places = _places(batch)
-        output = chunk(batch.tokens[None, places.own], batch.positions[None, places.own], None, packed_seq_params=packed)
-        return output, partial(on_output, batch=batch)
+        with self._busy.timed():
+            output = chunk(batch.tokens[None, places.own], batch.positions[None, places.own], None, packed_seq_params=packed)
+        return output, partial(self._timed, on_output, batch=batch)
+
+    def _timed(self, on_output, output, batch: Batch):
+        with self._busy.timed():
+            return on_output(output, batch=batch)
+
+    @property
+    def own_seconds(self) -> float:
+        """Of this rank's forward passes in the last fill_old_logprobs or update, head and loss included: what it waits for in the pipeline
+        and in the reduction of gradients is left out, what tensor and context parallelism wait for within a layer is not."""
+        return self._busy.seconds
 
     def _hidden(self, output: torch.Tensor) -> torch.Tensor:
         """The last stage's output [1, tokens (/cp /tp), hidden] as the head takes it: [tokens / cp, hidden], alike on every tensor rank."""

@@ -191,6 +191,21 @@ def start_distributed() -> None:
         dist.init_process_group("gloo")
 
 
+def gathered(values: list[float]) -> list[list[float]]:
+    """Equally many numbers of each rank, on every rank, by rank. Collective, over gloo: no GPU waits for it."""
+    mine = torch.tensor(values, dtype=torch.float64)
+    everyone = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return [row.tolist() for row in everyone]
+
+
+def hosts() -> list[str]:
+    """The machine of each rank: Slurm's name of the node, or the host's. Collective."""
+    everyone = [""] * dist.get_world_size()
+    dist.all_gather_object(everyone, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+    return everyone
+
+
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

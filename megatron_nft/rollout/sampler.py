@@ -42,6 +42,7 @@ class Rollout:
     reward_seconds: float  # waited for verdicts, the longest of the engines
     warnings: list[str] = field(default_factory=list)
     engines: dict[str, float] = field(default_factory=dict)  # rates, counts and seconds of the engines, the same on every rank
+    own_seconds: float | None = None  # this rank's engine was at work, and not waiting for the others; None: it has none
 
 
 class Sampler:
@@ -263,7 +264,8 @@ class Sampler:
         waited = max(seconds for _, _, seconds, *_ in gathered)
         warnings = [*errors[:1], *([] if enough else [self._warning(taken)])]
         warnings += endings.warnings(sum(s.truncated for s in summaries), sum(s.sampled for s in summaries), self._rollout)
-        return Rollout(groups, numbers, waited, warnings, throughput.over_engines([measured for *_, measured in gathered]))
+        engines = throughput.over_engines([theirs for *_, theirs in gathered])
+        return Rollout(groups, numbers, waited, warnings, engines, measured["busy_seconds"])
 
     def _warning(self, taken: Taken) -> str:
         kept, usable, wanted = len(taken.kept), len(taken.kept) + len(taken.surplus), self._rollout.prompts_per_step

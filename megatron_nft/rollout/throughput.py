@@ -25,7 +25,9 @@ class Throughput:
         core, get_output = llm_engine.engine_core, llm_engine.engine_core.get_output
 
         def counted() -> Any:
+            started = time.perf_counter()
             outputs = get_output()
+            self._busy += time.perf_counter() - started
             self._count(outputs)
             return outputs
 
@@ -37,6 +39,7 @@ class Throughput:
         """A rollout begins: what the engine did since `take` (validation, log-probs of fixed prompts) is none of it."""
         self._started = time.perf_counter()
         self._steps = self._generated = self._prompt = self._preempted = 0
+        self._busy = 0.0  # seconds in the engine's steps, which begin when all engines have ended theirs
         self._running, self._waiting = [0, 0], [0, 0]  # sum over steps, maximum
         self._queries = self._hits = 0  # of the prefix cache, in tokens
         self._drafted = self._accepted = 0
@@ -53,6 +56,7 @@ class Throughput:
         seconds, steps = time.perf_counter() - self._started, max(self._steps, 1)
         found = {
             "tokens_per_second": self._generated / seconds,
+            "busy_seconds": self._busy,
             "prompt_tokens": self._prompt,
             "running_mean": self._running[0] / steps,
             "running_max": self._running[1],

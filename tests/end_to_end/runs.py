@@ -82,7 +82,7 @@ def rows(run_dir: Path) -> list[dict]:
 
 
 def without_times(row: dict) -> dict:
-    of_the_machine = ("time/", "memory/", "checkpoint/", "engine/")
+    of_the_machine = ("time/", "memory/", "checkpoint/", "engine/", "balance/")
     return {key: value for key, value in row.items() if key != "timestamp" and not key.startswith(of_the_machine)}
 
 

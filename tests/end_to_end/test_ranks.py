@@ -1,7 +1,9 @@
 """Whole training steps on two ranks, trainer and vLLM engines together, equal those on one rank."""
 
+import gzip
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -52,8 +54,9 @@ def single(tmp_path_factory):
     return *train(run_dir, 1), sampled(run_dir)
 
 
+PROFILE = ["profile.steps=[1]", "profile.ranks=[1]", "profile.stages=[old_logprobs,train]"]
 LAYOUTS = {
-    "two replicas, two engines": ["parallel.tensor_model_parallel_size=1"],
+    "two replicas, two engines": ["parallel.tensor_model_parallel_size=1", *PROFILE],
     "one TP2 model, one TP2 engine": ["parallel.tensor_model_parallel_size=2", "rollout.tensor_parallel_size=2"],
     "two stages, two engines": ["parallel.pipeline_model_parallel_size=2"],
 }
@@ -79,8 +82,27 @@ def test_two_ranks_equal_one(layout, single, tmp_path):
     assert [validation(row) for row in rows] == [validation(row) for row in expected_rows]
     start = load_file(ROOT / "examples/arithmetic/model/model.safetensors")
     assert max((expected[name] - start[name]).abs().max() for name in start) > 3e-4
+    compare_balance(rows[1])
+    if layout.startswith("two replicas"):
+        compare_traces(tmp_path / "run" / "profile")
     if layout.endswith("two engines"):
         assert sorted(path.name for path in (tmp_path / "run" / "rollouts").glob("step_*")) == ["step_1-0.parquet", "step_1-1.parquet"]
+
+
+def compare_balance(row: dict) -> None:
+    """Every stage has its slowest rank, by name. Twice the mean of two would be a rank that did nothing."""
+    for stage in ("generate", "batching", "old_logprobs", "train", "sync", "validate"):
+        assert 1.0 <= row[f"balance/{stage}"] < 2.0, stage
+        assert row[f"balance/{stage}_slowest"] in {f"rank {rank} on {socket.gethostname()}" for rank in range(8)}, stage
+
+
+def compare_traces(folder: Path) -> None:
+    """Of the second rank and of the stages asked for, with their names and the work in them."""
+    found = {path.name: json.loads(gzip.decompress(path.read_bytes()))["traceEvents"] for path in folder.iterdir()}
+    assert set(found) == {f"step_1-rank1-{stage}.json.gz" for stage in ("old_logprobs", "train")}
+    for stage in ("old_logprobs", "train"):
+        names = {event.get("name") for event in found[f"step_1-rank1-{stage}.json.gz"]}
+        assert {stage, "aten::mm"} <= names, stage
 
 
 def validation(row: dict) -> dict:

@@ -2,12 +2,14 @@
 
 import io
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from megatron_nft import logbook
-from megatron_nft.config import LoggingConfig
+from megatron_nft.balance import Balance
+from megatron_nft.config import STAGES, LoggingConfig
 from megatron_nft.errors import UserError
 from megatron_nft.logbook import Logbook, held, progress, read_rows, remove_later
 
@@ -256,6 +258,81 @@ def test_peak_memory_of_a_stage(tmp_path):
                 pass
         row = log.commit(1)
     assert (row["memory/generate"], row["memory/train"], meter.started) == (60, 70, 3) and "memory/within" not in row
+
+
+def ranks(*seconds: dict[str, float]):
+    """A gather whose ranks are these: the first is the one that asks."""
+    return lambda own: [own, *([of_rank.get(stage, 0.0) for stage in STAGES] for of_rank in seconds)]
+
+
+def test_the_slowest_rank_is_named(tmp_path, clock):
+    """A rank's own seconds where they are told, its stage's otherwise; a line at most every ten steps."""
+    stream, balance = io.StringIO(), Balance(ranks({"train": 2.0, "sync": 1.0}, {"train": 9.0, "sync": 1.0}), ["a", "a", "b"])
+    with Logbook(tmp_path, "run", 12, stream=stream, balance=balance) as log:
+        for step in range(1, 13):
+            with log.stage("train"):
+                clock(8)
+            log.own("train", 0.5)
+            log.own("train", 0.5)  # of two updates; the other seven seconds it waited
+            with log.stage("sync"):
+                clock(1)
+            log.own("generate", None)
+            log.commit(step)
+    row = read_rows(tmp_path / "metrics.jsonl")[0]
+    assert {key: value for key, value in row.items() if key.startswith("balance/")} == {
+        "balance/train": 9 / 4,
+        "balance/train_slowest": "rank 2 on b",
+        "balance/sync": 1.0,
+        "balance/sync_slowest": "rank 0 on a",
+    }
+    assert row["time/train"] == 8
+    lines = [line for line in stream.getvalue().splitlines() if "busy" in line]
+    assert lines == [f"step {step}: train: rank 2 on b was busy for 9.0 s, 2.25 times the ranks' mean" for step in (1, 11)]
+
+
+def test_short_stages_and_small_differences_are_no_news(tmp_path, clock):
+    stream, balance = io.StringIO(), Balance(ranks({"train": 0.1, "generate": 108.0}), ["a", "b"])
+    with Logbook(tmp_path, "run", 1, stream=stream, balance=balance) as log:
+        for stage, seconds in (("train", 0.9), ("generate", 100.0)):
+            with log.stage(stage):
+                clock(seconds)
+        row = log.commit(1)
+    assert (row["balance/train"], row["balance/generate"]) == (pytest.approx(1.8), pytest.approx(108 / 104))
+    assert "busy" not in stream.getvalue()
+
+
+def test_one_rank_is_compared_with_nobody(tmp_path):
+    def gather(own):
+        raise AssertionError("no call for one rank")
+
+    with Logbook(tmp_path, "run", 1, stream=io.StringIO(), balance=Balance(gather, ["a"])) as log:
+        with log.stage("train"):
+            pass
+        assert not [key for key in log.commit(1) if key.startswith("balance/")]
+
+
+def test_all_ranks_compare_and_one_writes(tmp_path):
+    asked = []
+    balance = Balance(lambda own: asked.append(own) or [own, own], ["a", "b"])
+    with Logbook(tmp_path, "run", 1, enabled=False, balance=balance) as log:
+        with log.stage("train"):
+            pass
+        log.commit(1)
+    assert len(asked) == 1 and asked[0][STAGES.index("train")] > 0 and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_stage_runs_in_what_is_put_around_it(tmp_path):
+    seen = []
+
+    @contextmanager
+    def around(name):
+        seen.append(name)
+        yield
+        seen.append("end")
+
+    with Logbook(tmp_path, "run", 1, stream=io.StringIO(), around=around) as log, log.stage("train"), log.stage("within"):
+        seen.append("work")
+    assert seen == ["train", "work", "end"]
 
 
 def test_a_run_directory_is_one_runs(tmp_path, monkeypatch):

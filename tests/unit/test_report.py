@@ -92,6 +92,18 @@ def test_the_page_holds_the_curves_of_the_metrics_there_are(run_dir):
     assert len(page.ids) == len(set(page.ids)), "an id stands twice"
 
 
+def test_the_slowest_ranks(run_dir):
+    """Ratio of the median step and of the worst one; the rank that was the slowest most often."""
+    rows = report.load_rows(run_dir)
+    assert report.slowest(rows) == []
+    for one, ratio, rank in zip(rows[1:], (1.1, 1.4, 1.2, 1.2), (3, 0, 3, 3)):
+        one |= {"balance/train": ratio, "balance/train_slowest": f"rank {rank} on node-{rank // 2}"}
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert report.slowest(rows) == [("train", pytest.approx(1.2), 1.4, 2, "rank 3 on node-1", 0.75)]
+    page = Page(report.write_report(run_dir).read_text(encoding="utf-8"))
+    assert {"Slowest ranks", "Slowest rank"} <= set(page.titles) and "rank 3 on node-1 " in page.texts
+
+
 def test_the_page_fetches_nothing_and_escapes_what_models_wrote(run_dir):
     text = report.write_report(run_dir).read_text(encoding="utf-8")
     page = Page(text)

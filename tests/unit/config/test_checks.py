@@ -200,3 +200,15 @@ def test_a_port_that_there_is_none():
     config.rollout.served.port = 65536
     with pytest.raises(UserError, match="rollout.served.port is 65536: use at most 65535"):
         check(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("profile.steps", [3, 0], "profile.steps has 0: use whole numbers, 1 or more"),
+        ("profile.ranks", [-1], "profile.ranks has -1: use whole numbers, 0 or more"),
+        ("profile.stages", ["train", "end"], "profile.stages names 'end': use generate, batching, old_logprobs, train, sync, validate"),
+    ],
+)
+def test_what_is_profiled(key, value, said):
+    assert str(refused(changed(key, value))).startswith(said)

@@ -47,7 +47,7 @@ class FakeEngine:
         self.running: dict[int, tuple[Request, int]] = {}  # by key, with the number of tokens so far
         self._length = length or (lambda prompt, sample: LENGTHS[prompt[0]])
         self.steps = 0
-        self.throughput = SimpleNamespace(begin=lambda: None, take=lambda: {"tokens_per_second": 1.0})
+        self.throughput = SimpleNamespace(begin=lambda: None, take=lambda: {"tokens_per_second": 1.0, "busy_seconds": 0.5})
 
     def generate(self, requests: list[Request], on_finish: Callable[[int, Response], None]) -> list[Response]:
         responses = [None] * len(requests)

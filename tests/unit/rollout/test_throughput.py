@@ -19,10 +19,15 @@ def stats(running: int, waiting: int, queries: int = 0, hits: int = 0, drafts: t
                            prefix_cache_stats=SimpleNamespace(queries=queries, hits=hits))  # fmt: skip
 
 
-def engine(*steps: tuple) -> SimpleNamespace:
-    """vLLM's LLMEngine as far as it is touched: its core puts out these steps, (statistics, outputs) each."""
+def engine(*steps: tuple, clock: list[float], seconds: float = 0.0) -> SimpleNamespace:
+    """vLLM's LLMEngine as far as it is touched: its core puts out these steps, (statistics, outputs) each, and takes seconds for each."""
     left = iter(steps)
-    core = SimpleNamespace(get_output=lambda: SimpleNamespace(**dict(zip(("scheduler_stats", "outputs"), next(left)))))
+
+    def get_output() -> SimpleNamespace:
+        clock[0] += seconds
+        return SimpleNamespace(**dict(zip(("scheduler_stats", "outputs"), next(left))))
+
+    core = SimpleNamespace(get_output=get_output)
     return SimpleNamespace(engine_core=core, logger_manager=object(), log_stats=True, output_processor=SimpleNamespace(log_stats=True))
 
 
@@ -40,13 +45,14 @@ def test_steps_are_counted_and_handed_on(clock):
         (stats(0, 0), []),
         (None, []),
     ]
-    llm = engine(*steps)
+    llm = engine(*steps, clock=clock, seconds=0.25)
     throughput = Throughput(llm)
     assert llm.logger_manager is None and not llm.log_stats and not llm.output_processor.log_stats
     assert [llm.engine_core.get_output().outputs for _ in steps] == [outputs for _, outputs in steps]
     clock[0] = 2.0
     assert throughput.take() == {
         "tokens_per_second": 3.0,
+        "busy_seconds": 1.0,
         "prompt_tokens": 40,
         "running_mean": 2.0,
         "running_max": 4,
@@ -60,7 +66,7 @@ def test_steps_are_counted_and_handed_on(clock):
 
 
 def test_what_was_before_the_rollout_is_none_of_it_but_sleep_and_sync(clock):
-    llm = engine((stats(9, 9, queries=5, hits=5), [output(100)]), (stats(1, 0), [output(8)]))
+    llm = engine((stats(9, 9, queries=5, hits=5), [output(100)]), (stats(1, 0), [output(8)]), clock=clock)
     throughput = Throughput(llm)
     for seconds in (1.0, 0.5):
         with throughput.timed("sync"):
