@@ -3,10 +3,11 @@
 import shlex
 
 _TASK = """
-preflight=()
+preflight=() expected=()
 if [ -n "${SLURM_PROCID:-}" ]; then
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
   read -ra nft <<<"$NFT"
+  if [ "$GPUS" != 0 ]; then expected=(--gpus-per-node "$GPUS"); fi
   preflight=(env MASTER_PORT=$((MASTER_PORT - 10000)))  # its own: a rank may begin to train while another one still leaves
 else
   nft=("${VENV:-.venv}/bin/python")
@@ -23,16 +24,15 @@ _SETUP = """
 set +vx
 cd "$checkout" && [ -f slurm/job.sh ] || { echo "no checkout of megatron_nft at $checkout: pass checkout=DIR"; exit 2; }
 . slurm/job.sh
-if [ "${SLURM_GPUS_PER_NODE:-0}" != 0 ]; then gpu_settings; fi
-export NFT="${nft[*]}" SRUN_CPUS_PER_TASK=$cpus
+if [ "$gpus" != 0 ]; then gpu_settings; fi
+export NFT="${nft[*]}" GPUS=$gpus SRUN_CPUS_PER_TASK=$cpus
 trap 'code=$?; finish' EXIT
 """
 
 
-def task(checkout: str, settings: list[str], gpus_per_node: int) -> str:
-    """Bash for every task: preflight, then training. `settings`: the words after `megatron-nft train`; no GPUs are looked for where 0."""
-    expected = f"--gpus-per-node {gpus_per_node}" if gpus_per_node else ""
-    return f"set -euo pipefail\ncd {shlex.quote(checkout)}\nsettings=({shlex.join(settings)})\nexpected=({expected}){_TASK}"
+def task(checkout: str, settings: list[str]) -> str:
+    """Bash for every task: preflight, then training. `settings`: the words after `megatron-nft train`."""
+    return f"set -euo pipefail\ncd {shlex.quote(checkout)}\nsettings=({shlex.join(settings)}){_TASK}"
 
 
 def setup(checkout: str, run_dir: str, image: str | None) -> str:

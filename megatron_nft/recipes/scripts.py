@@ -61,7 +61,7 @@ def _script(shape: Shape, default_config: str, own: list[str], settings: list[st
     checkout = checkout or os.environ.get("CHECKOUT", os.getcwd())
     config, settings = os.environ.get("CONFIG", default_config), [*own, *(settings or [])]
     metadata = {"shape": dataclasses.asdict(shape), "checkout": checkout, **_known(checkout, config, settings)}
-    return run.Script(inline=jobs.task(checkout, [config, *settings], shape.gpus_per_node), metadata=metadata)
+    return run.Script(inline=jobs.task(checkout, [config, *settings]), metadata=metadata)
 
 
 def _known(checkout: str, config: str, settings: list[str]) -> dict[str, str | int]:
