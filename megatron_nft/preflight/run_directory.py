@@ -25,7 +25,7 @@ MAY_CHANGE = (
     "optimizer.optimizer_cpu_offload", "optimizer.optimizer_offload_fraction",
     "reward.workers", "reward.time_limit", "reward.concurrency", "reward.memory_limit",
 )  # fmt: skip
-PATIENCE = 60  # seconds that a shared file system may take to show a node what another one wrote
+PATIENCE = 10  # seconds that a shared file system may take to show a node what another one wrote
 SHOWN = 4  # settings that a refusal names
 ABSENT = object()
 

@@ -3,7 +3,8 @@
 #   cluster.sh up DIR      then: export SLURM_CONF=DIR/slurm.conf
 #   cluster.sh down DIR    ends its jobs and daemons, and removes DIR
 # Partition cpu: node1 and node2, whose slurmd run in mount and UTS namespaces of their own, so that each has its hostname, resolves the
-# other's, and has a disk of its own at DIR/local. Each is given two GPUs that no program finds. Partition gpu: 16 nodes of 8 GPUs that exist on paper, for `sbatch --test-only`.
+# other's, and has a disk of its own at DIR/local; each has 8 CPUs, and two GPUs that no program finds. Partition gpu: 16 nodes of 8 GPUs that
+# exist on paper, for `sbatch --test-only`.
 set -euo pipefail
 command=$1 D=$(readlink -m "$2") nodes=2 paper=h100-[1-16]
 export SLURM_CONF=$D/slurm.conf
@@ -27,7 +28,8 @@ ClusterName=throwaway
 SlurmctldHost=$(hostname -s)(127.0.0.1)
 SlurmctldPort=$first
 AuthType=auth/munge
-AuthInfo=socket=$D/munge.sock
+# a requeued job may start when the credential of its last start has expired
+AuthInfo=socket=$D/munge.sock,cred_expire=5
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation=$D/state
@@ -43,8 +45,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 # CPUs as said below, whatever the machine has
 SlurmdParameters=config_overrides
-# a requeued job starts at once
-SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0,requeue_delay=1
+SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0
 JobRequeue=1
 KillWait=20
 # nobody asks whether the nodes on paper are alive
