@@ -5,7 +5,7 @@
 or, in a program of one's own:
 
     script = recipes.nft_32b(["train.steps=10"])
-    run.run(script, executor=recipes.fit(fdl.build(recipes.slurm()), script))
+    run.run(script, executor=recipes.fit(recipes.slurm(), script))
 """
 
 from megatron_nft.recipes.commands import COMMANDS

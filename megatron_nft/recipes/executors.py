@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import fiddle as fdl
 import nemo_run as run
 
 from megatron_nft.errors import UserError
@@ -50,9 +51,9 @@ def _slurm(tunnel: run.Config) -> run.Config[run.SlurmExecutor]:
     )
 
 
-def fit(executor: run.Executor, script: run.Script) -> run.Executor:
+def fit(executor: run.Executor | run.Config, script: run.Script) -> run.Executor:
     """A copy of an executor with what a recipe's script needs where it says nothing itself. Raises UserError for what it lacks."""
-    executor = executor.clone()
+    executor = fdl.build(executor) if isinstance(executor, run.Config) else executor.clone()
     if isinstance(executor, run.SlurmExecutor):
         _fit_slurm(executor, script.metadata)
     elif isinstance(executor, run.LocalExecutor):

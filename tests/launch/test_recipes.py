@@ -24,7 +24,7 @@ def nemo(home: Path, *words: str, **environment: str) -> subprocess.CompletedPro
     mine = {k: v for k, v in os.environ.items() if not k.startswith(VARIABLES)}
     mine |= {"NEMORUN_HOME": str(home), "COLUMNS": "200", "VENV": sys.prefix} | environment
     command = [PYTHON, "-m", "megatron_nft.recipes", *words]
-    return subprocess.run(command, cwd=ROOT, env=mine, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=mine, capture_output=True, text=True, timeout=900)
 
 
 @cache
@@ -138,12 +138,25 @@ from nemo_run.__main__ import app
 app()
 """
     environment = os.environ | {"NEMORUN_HOME": str(tmp_path), "COLUMNS": "120"}
-    done = subprocess.run([PYTHON, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([PYTHON, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and "Couldn't load" not in done.stdout, done.stdout + done.stderr
     assert all(f"nft_{size}" in done.stdout for size in SIZES)
 
 
-QUICK = ("checkpoint.interval=1", "evaluation.interval=100", "rollout.prompts_per_step=16", "train.prompts_per_update=8", "rollout.n=4")
+def test_recipes_serve_a_program_of_ones_own(tmp_path):
+    program = """
+import nemo_run as run
+from megatron_nft import recipes
+script = recipes.nft_32b(["train.steps=10"])
+executor = recipes.fit(recipes.slurm(), script)
+print(isinstance(script, run.Script), "train.steps=10" in script.inline, executor.nodes, executor.ntasks_per_node, executor.time)
+"""
+    environment = os.environ | {"NEMORUN_HOME": str(tmp_path)}
+    done = subprocess.run([PYTHON, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.stdout.split() == ["True", "True", "16", "8", "24:00:00"], done.stderr
+
+
+QUICK = ("checkpoint.interval=1", "evaluation.sets=[]", "rollout.prompts_per_step=16", "train.prompts_per_update=8", "rollout.n=4")
 
 
 def submit(cluster, home: Path, *words: str) -> tuple[str, Path]:
