@@ -1,5 +1,6 @@
 # make demo    installs what is missing, runs NFT end to end on this machine, prints the result
 # make test    installs what is missing, runs the tests
+# make test-launch    installs Slurm where it may (Debian, as root), runs the tests that submit jobs to it
 # make test-gpu PYTHON=python3    the tests that need a GPU, with the packages that are there
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,7 +10,7 @@ DEMO_ARGS ?=
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: setup demo test test-fast test-long test-gpu reproduce reproduce-quick lint clean
+.PHONY: setup demo test test-fast test-long test-launch test-gpu reproduce reproduce-quick lint clean
 
 setup: $(VENV)/installed
 
@@ -46,6 +47,12 @@ test-fast: setup
 
 test-long: setup
 	MEGATRON_NFT_LONG=1 $(RUN) -m pytest tests/unit tests/distributed tests/end_to_end
+
+# where Slurm is missing and can be installed (Debian, root, a network) it is; elsewhere the tests skip, and say why
+test-launch: setup .venv-launch/installed
+	@if ! { command -v slurmctld && command -v munged; } >/dev/null && [ $$(id -u) = 0 ] && command -v apt-get >/dev/null; then \
+	  { apt-get update -q && apt-get install -qy --no-install-recommends slurm-wlm munge; } || echo "Slurm could not be installed"; fi
+	$(RUN) -m pytest tests/launch -rs
 
 # on a machine with a GPU: installs nothing; PYTHON and PYTHONPATH say where the packages are
 test-gpu:

@@ -3,6 +3,7 @@
 #   VENV             a Python environment, .venv                          NFT            the whole command instead, e.g. python3 -m megatron_nft
 #   CONTAINER_IMAGE  an image for Pyxis, none; then VENV is not used      MAX_FAILURES   starts in a row that save nothing new, 3
 #   CONTAINER_MOUNTS what it sees besides its own files, the checkout     CACHE          node-local folder of the compilers' caches, /tmp
+#   PREFLIGHT        more flags of preflight, e.g. --changed
 # What else is in the submitting shell (NCCL_SOCKET_IFNAME, NCCL_IB_HCA, GLOO_SOCKET_IFNAME of your network) reaches the ranks, too.
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MAX_FAILURES=${MAX_FAILURES:-3} failures=$RUN_DIR/failures

@@ -5,6 +5,7 @@ Neither Megatron-Core nor vLLM is imported.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megatron_nft.policy import check, devices, topology
 from megatron_nft.preflight import nodes, run_directory
 from megatron_nft.preflight.table import Found, table
 from megatron_nft.preflight.together import Place, gather, leads, meet, together
+from megatron_nft.stopping import SIGNALS
 
 MEETING, EXCHANGE = 600, 300  # seconds that ranks may take to start, and that an all-reduce may take
 
@@ -41,7 +43,10 @@ def preflight(path: str, overrides: list[str], gpus_per_node: int = 0, trainers:
 
 
 def _refuse(error: UserError) -> None:
-    """All ranks know the fault. The first prints it, and the others wait for that: the launcher ends all when one has ended."""
+    """All ranks know the fault. The first prints it, and the others wait for that: the launcher ends all when one has ended, and its exit
+    code would be that of the signal if one of them were still to end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if dist.get_rank() == 0:
         print(f"megatron-nft: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     dist.barrier()

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron_nft.errors import UserError
+from megatron_nft.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -36,11 +36,12 @@ def meet(seconds: int) -> None:
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
     try:
         dist.init_process_group("gloo", timeout=timedelta(seconds=seconds), **alone)
-    except (dist.DistError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:  # torch's and gloo's; a launcher's variable that is missing
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
-            f"{Place.here()} does not meet the other {world - 1} ranks at {address} within {seconds} s",
-            "see that every node resolves that name and reaches it (GLOO_SOCKET_IFNAME names the network), and that all ranks have started",
+            f"{Place.here()} does not meet the other {world - 1} ranks at {address} ({first_line(error)})",
+            "see that every node resolves and reaches that name (GLOO_SOCKET_IFNAME names the network), that nothing else has that port, "
+            f"and that all ranks start within {seconds} s",
         ) from error
 
 

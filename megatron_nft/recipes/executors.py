@@ -1,6 +1,7 @@
 """Executors, by the names that `run.executor=` takes. What they leave open (nodes, tasks, GPUs, time, signal) the recipe fills in."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import nemo_run as run
 from megatron_nft.errors import UserError
 from megatron_nft.recipes import jobs
 
-OF_JOB_SH = ("VENV", "NFT", "MAX_FAILURES", "CACHE")  # variables of slurm/job.sh that reach the job from here
+OF_JOB_SH = ("VENV", "NFT", "PREFLIGHT", "MAX_FAILURES", "CACHE")  # variables of slurm/job.sh that reach the job from here
 
 
 @run.cli.factory
@@ -45,7 +46,7 @@ def _slurm(tunnel: run.Config) -> run.Config[run.SlurmExecutor]:
         container_mounts=mounts.split(",") if mounts else [],
         srun_args=["--cpu-bind=cores", "--distribution=block:block"],
         job_name_prefix="megatron_nft.",  # NeMo-Run takes what follows the point for the task's name
-        env_vars={name: os.environ[name] for name in OF_JOB_SH if name in os.environ},
+        env_vars={name: shlex.quote(os.environ[name]) for name in OF_JOB_SH if name in os.environ},
         tunnel=tunnel,
         packager=run.Config(run.Packager),  # nothing is sent along: the job runs in a checkout on the cluster
     )

@@ -1,4 +1,7 @@
-"""The bash of a job: what each task runs, and what the batch script does before. slurm/job.sh has what is common with slurm/*.sbatch."""
+"""The bash of a job: what each task runs, and what the batch script does before. slurm/job.sh has what is common with slurm/*.sbatch.
+
+/nemo_run is NeMo-Run's name of the job's folder: a mount in a container, else replaced by the folder's path.
+"""
 
 import shlex
 
@@ -14,9 +17,14 @@ else
   if [ "${RANKS:-1}" -gt 1 ]; then nft+=(-m torch.distributed.run --standalone --nproc-per-node="$RANKS"); fi
   nft+=(-m megatron_nft)
 fi
+ended() {  # srun's own code says nothing when it kills the other ranks: a mistake of the user's (2) is noted beside the logs
+  if [ "$1" = 2 ] && [ -n "${SLURM_PROCID:-}" ]; then touch "/nemo_run/mend-$SLURM_JOB_ID"; fi
+  exit "$1"
+}
 trap 'exit 75' USR1  # the time is over before anything has begun: the next start does it
-"${preflight[@]}" "${nft[@]}" preflight "${settings[@]}" "${expected[@]}"
-exec "${nft[@]}" train "${settings[@]}"
+"${preflight[@]}" "${nft[@]}" preflight "${settings[@]}" ${PREFLIGHT:-} "${expected[@]}" || ended $?
+trap : USR1 TERM  # the rank answers them
+"${nft[@]}" train "${settings[@]}" || ended $?
 """
 
 # Before NeMo-Run's srun. Its batch script ends with srun's code, on which `finish` requeues or does not. SRUN_CPUS_PER_TASK: srun's flag.
@@ -26,7 +34,8 @@ cd "$checkout" && [ -f slurm/job.sh ] || { echo "no checkout of megatron_nft at 
 . slurm/job.sh
 if [ "$gpus" != 0 ]; then gpu_settings; fi
 export NFT="${nft[*]}" GPUS=$gpus SRUN_CPUS_PER_TASK=$cpus
-trap 'code=$?; finish' EXIT
+mend=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')")/mend-$SLURM_JOB_ID
+trap 'code=$?; if [ -e "$mend" ]; then code=2; fi; finish' EXIT
 """
 
 

@@ -9,10 +9,10 @@ set -euo pipefail
 command=$1 D=$(readlink -m "$2") nodes=2 paper=h100-[1-16]
 export SLURM_CONF=$D/slurm.conf
 
-free_ports() { # the first of $1 free ports in a row, below those that the kernel hands out
+free_ports() { # the first of $1 free ports in a row, below those of the jobs' ranks and those that the kernel hands out
   local first port
   while true; do
-    first=$((20000 + RANDOM % 10000))
+    first=$((10000 + RANDOM % 9900))
     for ((port = first; port < first + $1; port++)); do
       if (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then continue 2; fi
     done
@@ -45,6 +45,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 # CPUs as said below, whatever the machine has
 SlurmdParameters=config_overrides
+# the ranks' port is made of it: two such clusters on a machine are to differ
+FirstJobId=$((1 + RANDOM))
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0
 JobRequeue=1
 KillWait=20

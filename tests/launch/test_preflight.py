@@ -26,7 +26,7 @@ def test_what_is_on_one_node_only(cluster, tmp_path, what):
     if what == "model":
         cluster.run("srun", "--nodes=1", "--nodelist=node1", "cp", "-r", "examples/arithmetic/model", own)
         code, told = preflight(cluster, tmp_path / "run", f"model.path={own}", port=20001)
-        problem = f"node2 (rank 1): model.path {own} is missing, and is there on node1: put it where all nodes see it"
+        problem = f"node2 (rank 1): model.path {own} is missing, and is there on node1: put it on a file system that all nodes see"
     else:
         code, told = preflight(cluster, own / "run", port=20002)
         problem = f"node2 (rank 1): run_dir {own}/run is not the one that rank 0 writes to: name one on a file system"

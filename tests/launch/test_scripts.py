@@ -93,8 +93,8 @@ def test_a_job_that_is_cancelled_stays_so(cluster, job):
     number, log, starts = job("nft_tiny", ends="train=asked")
     cluster.until(lambda: len(started(starts, "train")) == 4, "the ranks")
     cluster.run("scancel", number)
-    cluster.until(lambda: cluster.run("squeue", "--noheader", "--states=all", f"--jobs={number}", "--format=%T").stdout.strip() == "CANCELLED",
-                  "the end of the job")  # fmt: skip
+    asked = ("squeue", "--noheader", "--states=all", f"--jobs={number}", "--format=%T")
+    cluster.until(lambda: cluster.run(*asked).stdout.strip() == "CANCELLED", "the end of the job")
     assert cluster.show(number)["Restarts"] == "0"
 
 
@@ -113,7 +113,7 @@ printf '%s\\n' "$*" >>"$STARTS"
 
 
 def test_in_a_container(tmp_path):
-    """The flags are Pyxis', which this Slurm has not: a stand-in for srun writes them down. A name of the job's own, the same for each step."""
+    """The flags are Pyxis', which this Slurm has not: a stand-in for srun writes them down. The name is the job's, at each step."""
     for name, text in {"srun": SRUN, "scontrol": "#!/bin/bash\necho n1\necho n2\n", "squeue": "#!/bin/bash\n"}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(stat.S_IRWXU)
