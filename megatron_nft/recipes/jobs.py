@@ -35,6 +35,7 @@ cd "$checkout" && [ -f slurm/job.sh ] || { echo "no checkout of megatron_nft at 
 if [ "$gpus" != 0 ]; then gpu_settings; fi
 export NFT="${nft[*]}" GPUS=$gpus SRUN_CPUS_PER_TASK=$cpus
 mend=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')")/mend-$SLURM_JOB_ID
+rm -f "$mend"
 trap 'code=$?; if [ -e "$mend" ]; then code=2; fi; finish' EXIT
 """
 
