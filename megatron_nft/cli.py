@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         ("sft", _sft, "supervised warm start"),
         ("serve", _serve, "one vLLM server for training with rollout.mode=served"),
         ("contamination", _contamination, "problems of the benchmarks that are in the training data"),
+        ("plan", _plan, "what a training needs and how long it takes on config.plan's cluster, before it runs: an estimate"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", metavar="CONFIG.yaml")
@@ -67,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
         if name == "train":
             text = "print the settings and where they come from, check all that needs no model in memory, and stop"
             command.add_argument("--dry-run", action="store_true", help=text)
+        if name == "plan":
+            _plan_arguments(command)
         if name == "contamination":
             command.add_argument("--words", type=int, default=13, metavar="N", help="a run of so many words in common touches a problem")
             text = "for --ids: the least share of a problem's runs that a training question has"
@@ -101,6 +104,16 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _plan_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--search", action="store_true", help="layouts that do better, with the reasons")
+    command.add_argument("--top", type=int, default=5, metavar="N", help="of --search: how many")
+    text = "overrides of another candidate, to be put beside; may be given several times"
+    command.add_argument("--with", dest="others", action="append", default=[], metavar="'key=value ...'", help=text)
+    command.add_argument("--rehearse", action="store_true", help="drive the control path of a step with all ranks, without weights")
+    command.add_argument("--json", action="store_true", help="all numbers as JSON; bytes and seconds")
+    command.add_argument("--output", type=Path, metavar="DIR", help="write plan.json, plan.png and plan.html there")
+
+
 def _train(arguments: argparse.Namespace) -> None:
     settings, sources = config.load_with_sources(arguments.config, arguments.overrides)
     if arguments.dry_run:
@@ -108,6 +121,9 @@ def _train(arguments: argparse.Namespace) -> None:
         from megatron_nft import trainer
 
         trainer.dry_run(settings)
+        from megatron_nft.planner import command as planner
+
+        print(planner.short(settings), flush=True)
         return
     with StopRequest(settings.checkpoint.grace_time) as stop, _watchdog(settings):  # before the slow imports: no signal is missed
         from megatron_nft import trainer
@@ -163,6 +179,23 @@ def _serve(arguments: argparse.Namespace) -> None:
     from megatron_nft.rollout.serving import serve
 
     serve(settings, policy.precision_of(settings.model.precision))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from megatron_nft.planner.command import Asked, run
+
+    path, overrides = arguments.config, arguments.overrides
+    others = {given: config.load(path, [*overrides, *given.split()]) for given in arguments.others}
+    asked = Asked(others, arguments.top if arguments.search else 0, arguments.json, arguments.output)
+    settings = config.load(path, overrides)
+    run(settings, asked, rehearse=_rehearsal if arguments.rehearse else None)
+
+
+def _rehearsal(plan):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing of it is on a GPU
+    from megatron_nft.rehearsal import rehearse
+
+    return rehearse(plan)
 
 
 def _contamination(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from megatron_nft import policy, watchdog
-from megatron_nft.config import Config, dataset_name, samplings, set_sampling
+from megatron_nft.config import Config, best_kept, dataset_name, samplings, set_sampling
 from megatron_nft.errors import UserError
 from megatron_nft.logbook import Logbook, duration
 from megatron_nft.policy import checkpoint
@@ -27,13 +27,6 @@ def best_metric(config: Config) -> str | None:
         return config.checkpoint.best_metric
     k = set_sampling(config, sets[0]).k
     return f"validation/{dataset_name(sets[0])}/" + (f"avg@{k}" if k else "greedy")
-
-
-def best_kept(config: Config) -> int:
-    """checkpoint.keep_best, or what is right where it is not set."""
-    settings, evaluation = config.checkpoint, config.evaluation
-    validated = bool(evaluation.sets and evaluation.interval) and settings.interval % evaluation.interval == 0
-    return int(validated) if settings.keep_best is None else settings.keep_best
 
 
 class Saves:

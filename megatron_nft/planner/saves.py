@@ -1,0 +1,80 @@
+"""Checkpoints and answers of the whole run: bytes, files, stall and disk."""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron_nft.config import Config, best_kept
+from megatron_nft.planner.cluster import Layout
+from megatron_nft.planner.times import Times
+from megatron_nft.weights import table_for
+
+WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}  # bytes
+WEIGHT = 2  # bytes: bf16
+# bytes of a token in rollouts/step_N.parquet: 5.0 for its id and log-prob in a file that record.py wrote of drawn answers, about 2 for
+# its three or four letters of text, compressed
+ANSWER_TOKEN = 7.0
+
+
+@dataclass(frozen=True)
+class Saves:
+    """What a run writes. Bytes, unless said otherwise."""
+
+    checkpoint: int  # one of them: weights, the optimizer's parameters and moments
+    files: int  # that it has: Megatron's fully reshardable format is written by the ranks of the first replica
+    largest_file: int
+    count: int  # checkpoints that are made in the whole run
+    kept: int  # of these at the end
+    stall: float  # seconds that training waits for one
+    answers: int  # of all steps, in rollouts/
+    export: int  # the Hugging Face directory at the end
+    disk: int  # at most: what is kept, the checkpoint that is being written, answers and export
+
+    @classmethod
+    def of(cls, config: Config, hf: dict, layout: Layout, spent: Times) -> "Saves":
+        """Of a whole run of train.steps."""
+        checkpoint, settings = config.checkpoint, config.optimizer
+        parameters = parameter_count(hf)
+        dtypes = (settings.main_params_dtype, settings.exp_avg_dtype, settings.exp_avg_sq_dtype)
+        one = parameters * (WEIGHT + sum(WIDTHS[name] for name in dtypes))
+        interval = checkpoint.interval or config.train.steps
+        count = math.ceil(config.train.steps / interval) if config.train.steps else 0
+        kept = min(count, checkpoint.keep + best_kept(config))
+        answers = round(kept_tokens(config) * config.train.steps * ANSWER_TOKEN) if config.rollout.save else 0
+        export = WEIGHT * parameters if checkpoint.export else 0
+        return cls(
+            checkpoint=one, files=layout.tp * layout.pp, largest_file=-(-one // (layout.tp * layout.pp)), count=count, kept=kept,
+            stall=spent.phases.get("save", 0.0) * interval, answers=answers, export=export,
+            disk=(kept + (count > kept)) * one + answers + export,
+        )  # fmt: skip
+
+
+def parameter_count(hf: dict) -> int:
+    """Of the whole model, padding of the vocabulary left out."""
+    return _parameters(json.dumps(hf, sort_keys=True))
+
+
+@lru_cache
+def _parameters(hf: str) -> int:
+    """A search asks for the same model some thousand times."""
+    return sum(math.prod(shape) for shape in table_for(json.loads(hf)).hf_shapes().values())
+
+
+def kept_tokens(config: Config) -> float:
+    """Tokens of the answers that a rollout step trains on."""
+    return config.rollout.prompts_per_step * config.rollout.n * mean_length(config)
+
+
+def mean_length(config: Config) -> float:
+    """Mean tokens of an answer, log-normal before it is cut at rollout.max_tokens: E[min(X, cap)] in closed form."""
+    cap, sigma = config.rollout.max_tokens, config.plan.response_length_sigma
+    mean = config.plan.mean_response_length or cap / 4
+    mu = math.log(mean) - sigma**2 / 2
+    at = (math.log(cap) - mu) / sigma
+    return mean * normal(at - sigma) + cap * (1 - normal(at))
+
+
+def normal(x: float) -> float:
+    """The standard normal distribution function."""
+    return (1 + math.erf(x / math.sqrt(2))) / 2
