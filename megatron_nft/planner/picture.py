@@ -100,6 +100,6 @@ def _stacked(axes: Axes, bars: Bars) -> None:
     axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.tick_params(length=0)
     axes.grid(axis="x", visible=False)
-    axes.margins(y=0.12)
+    axes.set_ylim(0, 1.08 * max([*floor, axes.get_ylim()[1] / 1.08]) or 1)
     if parts:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, handlelength=1.0, fontsize=8, columnspacing=1.2)

@@ -230,8 +230,8 @@ def _why(given: Plan, one: Plan, changes: Changes) -> str:
         return "the config's own"
     now, was = one.times, given.times
     said = [] if given.fits else ["it fits"]
-    for part in ("bubble", "exposed communication"):
-        said += _compared(part, tables.lost(one, part), tables.lost(given, part), "s")
+    for part, name in (("bubble", "bubble"), ("exposed", "exposed communication")):
+        said += _compared(name, tables.lost(one, part), tables.lost(given, part), "s")
     for phase in dict.fromkeys([*now.phases, *was.phases]):
         said += _compared(phase, now.phases.get(phase, 0.0), was.phases.get(phase, 0.0), "s")
     tokens = [p.memory.kv_tokens * p.cluster.engines for p in (one, given)]

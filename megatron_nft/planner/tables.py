@@ -135,7 +135,7 @@ def _column(plan: Plan) -> dict[str, str]:
         "fits": "yes" if plan.fits else "NO",
         "KV tokens in flight": f"{held.kv_tokens * plan.cluster.engines:,}",
         "bubble, s": amount(lost(plan, "bubble")),
-        "exposed communication, s": amount(lost(plan, "exposed communication")),
+        "exposed communication, s": amount(lost(plan, "exposed")),
         **{f"s in {phase}": f"{seconds:.1f}" for phase, seconds in spent.phases.items()},
         "s a step": f"{spent.step:.1f}",
         "sampled tokens/s/GPU": f"{spent.tokens_per_gpu:,.0f}",
