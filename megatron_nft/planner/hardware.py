@@ -1,9 +1,19 @@
-"""The GPUs a plan can be for: the vendor's data sheets."""
+"""The GPUs a plan can be for: the vendor's data sheets, and which share of them programs reach."""
 
 import difflib
 from dataclasses import dataclass
 
 from megatron_nft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Achieved:
+    """Shares of a data sheet's rate that large, well-shaped work reaches; what smaller work loses is worked out in kernels.py."""
+
+    matrix: float  # of bf16, by matrix products
+    matrix_fp8: float  # of fp8
+    attention: float  # of bf16, by flash attention's forward pass over long sequences
+    attention_backward: float
 
 
 @dataclass(frozen=True)
@@ -18,16 +28,30 @@ class Gpu:
     nvlink: float  # bytes to the other GPUs of the node
     network: float  # bytes to other nodes
     host: float  # bytes to the host's memory
+    processors: int  # streaming multiprocessors: tiles of a matrix product that run at a time
+    achieved: Achieved
 
 
-GIB = 2**30
+# Matrix products. cuBLAS alone reaches 0.80 of A100's BF16 and, at 700 W, 0.70 to 0.75 of H100's (8,192 cubed); 0.65 to 0.70 of H100's
+# FP8 (1,290 to 1,382 TFLOP/s: Azure's ND H100 v5 results of NVIDIA's AI benchmarking guide). In training, with clocks that fall under load
+# and neighbours that take memory bandwidth, it is less: 0.74, 0.66 and 0.60 are set by the calibration rows of docs/planner.md. B200: as
+# H100 in BF16, 0.58 in FP8; no row was used to set them.
+# Attention, causal, forward and backward. FlashAttention-2 on A100: up to 0.66 and 0.56 (arXiv 2307.08691, figures 5 and 6);
+# FlashAttention-3 on H100: 0.62 and 0.52 (arXiv 2407.08608, figures 5 and 6: head dimension 128); cuDNN on B200: 0.60 and 0.45.
+_AMPERE = Achieved(0.74, 0.0, 0.66, 0.56)
+_HOPPER = Achieved(0.66, 0.60, 0.62, 0.52)
+_BLACKWELL = Achieved(0.66, 0.58, 0.60, 0.45)
+
+MIB = 2**20
+# Data sheets: A100 80GB SXM (NVLink 600 GB/s both ways, PCIe 4 x16), H100 SXM5 (900 GB/s, PCIe 5 x16), H200 SXM, HGX B200 (1.8 TB/s).
+# Network: one adapter a GPU, 200 Gbit/s in DGX A100, 400 Gbit/s in DGX H100, H200 and B200. Memory as nvidia-smi prints it.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", 80 * GIB, 312e12, None, 2.039e12, 300e9, 25e9, 25e9),
-        Gpu("H100", 80 * GIB, 989e12, 1979e12, 3.35e12, 450e9, 50e9, 50e9),
-        Gpu("H200", 141 * GIB, 989e12, 1979e12, 4.8e12, 450e9, 50e9, 50e9),
-        Gpu("B200", 180 * GIB, 2250e12, 4500e12, 7.7e12, 900e9, 50e9, 50e9),
+        Gpu("A100", 81_920 * MIB, 312e12, None, 2.039e12, 300e9, 25e9, 32e9, 108, _AMPERE),
+        Gpu("H100", 81_559 * MIB, 989.4e12, 1978.9e12, 3.35e12, 450e9, 50e9, 64e9, 132, _HOPPER),
+        Gpu("H200", 143_771 * MIB, 989.4e12, 1978.9e12, 4.8e12, 450e9, 50e9, 64e9, 132, _HOPPER),
+        Gpu("B200", 183_359 * MIB, 2250e12, 4500e12, 7.7e12, 900e9, 50e9, 64e9, 148, _BLACKWELL),
     )
 }
 
@@ -40,3 +64,9 @@ def find(name: str) -> Gpu:
             f"plan.gpu is {name!r}, which is not known", f"did you mean {near[0]}?" if near else f"use one of {', '.join(GPUS)}"
         )
     return GPUS[name]
+
+
+def check_fp8(gpu: Gpu, asked: str) -> None:
+    """Raises UserError where the GPU has no FP8 and the setting `asked` wants it."""
+    if gpu.fp8 is None:
+        raise UserError(f"{asked} is FP8, which {gpu.name} does not compute in", f"leave {asked} out, or plan for H100, H200 or B200")
