@@ -8,6 +8,7 @@ from functools import lru_cache
 from megatron_nft.config import Config, best_kept
 from megatron_nft.planner.cluster import Layout
 from megatron_nft.planner.times import Times
+from megatron_nft.planner.workload import Workload
 from megatron_nft.weights import table_for
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}  # bytes
@@ -41,7 +42,9 @@ class Saves:
         interval = checkpoint.interval or config.train.steps
         count = math.ceil(config.train.steps / interval) if config.train.steps else 0
         kept = min(count, checkpoint.keep + best_kept(config))
-        answers = round(kept_tokens(config) * config.train.steps * ANSWER_TOKEN) if config.rollout.save else 0
+        work = Workload.of(config)
+        kept_tokens = work.updates * work.per_update * work.n * work.mean_length  # of a rollout step
+        answers = round(kept_tokens * config.train.steps * ANSWER_TOKEN) if config.rollout.save else 0
         export = WEIGHT * parameters if checkpoint.export else 0
         return cls(
             checkpoint=one, files=layout.tp * layout.pp, largest_file=-(-one // (layout.tp * layout.pp)), count=count, kept=kept,
@@ -59,22 +62,3 @@ def parameter_count(hf: dict) -> int:
 def _parameters(hf: str) -> int:
     """A search asks for the same model some thousand times."""
     return sum(math.prod(shape) for shape in table_for(json.loads(hf)).hf_shapes().values())
-
-
-def kept_tokens(config: Config) -> float:
-    """Tokens of the answers that a rollout step trains on."""
-    return config.rollout.prompts_per_step * config.rollout.n * mean_length(config)
-
-
-def mean_length(config: Config) -> float:
-    """Mean tokens of an answer, log-normal before it is cut at rollout.max_tokens: E[min(X, cap)] in closed form."""
-    cap, sigma = config.rollout.max_tokens, config.plan.response_length_sigma
-    mean = config.plan.mean_response_length or cap / 4
-    mu = math.log(mean) - sigma**2 / 2
-    at = (math.log(cap) - mu) / sigma
-    return mean * normal(at - sigma) + cap * (1 - normal(at))
-
-
-def normal(x: float) -> float:
-    """The standard normal distribution function."""
-    return (1 + math.erf(x / math.sqrt(2))) / 2

@@ -104,15 +104,19 @@ class _Run:
     # ---- what is drawn
 
     def _draw(self, key: int) -> tuple[list[int], list[float]]:
-        """Lengths and verdicts of a group's answers: the same whenever they are asked for."""
+        """Lengths and verdicts of a group's answers: the same whenever they are asked for. Answers that are cut off are wrong, whatever
+        becomes of their groups (reward.truncated); the mixed share is that of the outcome."""
         if key not in self.drawn:
             rng, n = np.random.default_rng((SEED, key)), self.work.n
-            if n > 1 and rng.random() < self.work.mixed:
-                right = int(rng.integers(1, n))
+            lengths = self.work.draw(n, rng)
+            able = rng.permutation(np.flatnonzero(lengths < self.work.cap))
+            if n > 1 and len(able) and rng.random() < self.work.mixed:
+                right = int(rng.integers(1, min(n - 1, len(able)) + 1))
             else:
-                right = n * int(rng.integers(2))
-            scores = rng.permutation([1.0] * right + [0.0] * (n - right)).tolist()
-            self.drawn[key] = self.work.draw(n, rng).tolist(), scores
+                right = n * int(rng.integers(2)) if len(able) == n else 0
+            scores = np.zeros(n)
+            scores[able[:right]] = 1.0
+            self.drawn[key] = lengths.tolist(), scores.tolist()
         return self.drawn[key]
 
     # ---- the schedulers
