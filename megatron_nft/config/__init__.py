@@ -23,6 +23,7 @@ from megatron_nft.config.settings import (
     RewardConfig,
     RolloutConfig,
     ServedConfig,
+    TrainConfig,
     dataset_name,
 )
 
@@ -47,6 +48,7 @@ __all__ = [
     "RolloutConfig",
     "ServedConfig",
     "SetSampling",
+    "TrainConfig",
     "best_kept",
     "check",
     "check_budget",

@@ -1,11 +1,24 @@
 """Bytes of the fullest GPU, phase by phase."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
-from megatron_nft.config import Config
-from megatron_nft.planner.cluster import Cluster
+from megatron_nft.config import Config, best_kept, max_model_len
+from megatron_nft.planner import engine_memory, parameters, trainer_memory
+from megatron_nft.planner.cluster import Cluster, Layout
+from megatron_nft.planner.engine_memory import Engine
+from megatron_nft.planner.holdings import MASTER, MOMENTS
+from megatron_nft.planner.trainer_memory import Trainer
+from megatron_nft.planner.weight_stream import stream
+from megatron_nft.sizes import check_layout, check_ranks
+from megatron_nft.weights import padded_vocab_size, table_for
 
 PHASES = ("generate", "old_logprobs", "train", "sync", "save")
+# Of the vendor's figure, what a process can have: torch's out-of-memory messages tell of 79.1 GiB on an H100 or A100 of 80, 139.7 on an
+# H200 of 141, 178.4 on a B200 of 180.
+USABLE = 0.988
+LONGEST = 2**20  # slots: no micro-batch is looked for beyond
+SLOTS = 128  # policy.LENGTH_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -19,15 +32,88 @@ class Memory:
     host: dict[str, int]  # bytes of a node's memory: what is offloaded, staged for a save, pinned
     limit: int  # bytes of a GPU that can be used
     kv_tokens: int  # that fit into an engine's KV cache
-    largest_micro_batch: int  # tokens per rank; 0: none fits
-    longest_response: int  # tokens that both the engine and the trainer hold; 0: none
+    largest_micro_batch: int  # train.tokens_per_micro_batch that fits at most: its context-parallel ranks share it; 0: none fits
+    longest_response: int  # tokens, behind the longest prompt, that both the engine and the trainer hold; 0: none
+    window: int = 0  # tokens of the longest prompt and answer: a KV cache that holds fewer keeps vLLM from starting
+    facts: dict[str, float] = field(default_factory=dict)  # further numbers by name
+
+    @property
+    def over(self) -> dict[str, int]:
+        """By phase (and "servers"), bytes beyond the limit; those phases only that do not fit."""
+        every = self.phases | ({"servers": self.servers} if self.servers else {})
+        used = {name: sum(parts.values()) for name, parts in every.items()}
+        return {name: nbytes - self.limit for name, nbytes in used.items() if nbytes > self.limit}
 
     @property
     def fits(self) -> bool:
-        """In every phase."""
-        raise NotImplementedError
+        """In every phase; and the KV cache holds an answer of full length."""
+        return not self.over and self.kv_tokens >= self.window
 
 
 def memory(config: Config, hf: dict, cluster: Cluster) -> Memory:
     """hf: the model's config.json. Raises UserError for a layout that does not suit the model."""
-    raise NotImplementedError
+    layout, limit = layout_for(config, hf, cluster), int(USABLE * cluster.gpu.memory)
+    engine = engine_memory.engine(hf, config, limit)
+    trainer = Trainer(config, hf, layout, engine, stream(hf, config, layout))
+    phases = {phase: trainer.fullest(phase, config.train.tokens_per_micro_batch) for phase in PHASES}
+    largest = _largest(trainer, limit)
+    most = min(engine.kv_tokens, largest, hf.get("max_position_embeddings") or LONGEST)
+    served = config.rollout.mode == "served"
+    return Memory(
+        phases=phases,
+        servers=trainer_memory.server(trainer) if served else {},
+        host=trainer.host(cluster.gpus_per_node),
+        limit=limit,
+        kv_tokens=engine.kv_tokens,
+        largest_micro_batch=largest,
+        longest_response=max(most - config.data.max_prompt_length, 0),
+        window=max_model_len(config),
+        facts=_facts(trainer, hf, engine),
+    )
+
+
+def layout_for(config: Config, hf: dict, cluster: Cluster) -> Layout:
+    """The layout of a model on a cluster. Raises UserError where one does not suit the other."""
+    table_for(hf)
+    check_ranks(config.parallel, cluster.trainers)
+    check_layout(hf, config)
+    return Layout.of(config, cluster)
+
+
+def checkpoint_bytes(config: Config, hf: dict) -> dict[str, int]:
+    """Bytes on the disk: "weights" in the model's precision, "optimizer" (float32 weights and both moments), "checkpoint" (a save), and
+    "disk" while a run is under way: the newest and best that are kept, and the one that is written before an older is deleted."""
+    padded = padded_vocab_size(hf["vocab_size"], config.parallel.tensor_model_parallel_size) - hf["vocab_size"]
+    tied = table_for(hf).tied
+    count = parameters.total(hf) + padded * hf["hidden_size"] * (1 if tied else 2)
+    size = 4 if config.model.precision == "fp32" else 2
+    saved = {"weights": count * size, "optimizer": count * (MASTER + MOMENTS)}
+    checkpoint, kept = sum(saved.values()), config.checkpoint.keep + best_kept(config)
+    return saved | {"checkpoint": checkpoint, "disk": checkpoint * (kept + 1)}
+
+
+def _largest(trainer: Trainer, limit: int) -> int:
+    """Slots of the largest micro-batch that fits training and old log-probs."""
+    layout = trainer.layout
+    unit = math.lcm(SLOTS, 2 * layout.cp, layout.cp * layout.tp)
+
+    def fits(units: int) -> bool:
+        return all(sum(trainer.fullest(phase, units * unit).values()) <= limit for phase in ("train", "old_logprobs"))
+
+    low, high = 0, LONGEST // unit + 1  # what fits (no slot does, or nothing does), what is not looked for
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * unit
+
+
+def _facts(trainer: Trainer, hf: dict, engine: Engine) -> dict[str, float]:
+    saved = {f"{name} bytes": nbytes for name, nbytes in checkpoint_bytes(trainer.config, hf).items()}
+    return {
+        "parameters": parameters.total(hf),
+        "parameters of a rank": max(stage.numel for stage in trainer.stages),
+        "KV bytes of a token": engine.token,
+        "bytes that vLLM may use": engine.requested,
+        "synced bytes": trainer.stream.bytes,
+        **saved,
+    }

@@ -34,9 +34,3 @@ def _check_place(config: Config, layout: Layout) -> None:
                 f"{name} ({size}) and plan.gpus_per_node ({each}) do not divide: a group of ranks would stand on two nodes",
                 "change one of them",
             )
-    if config.parallel.sequence_parallel and layout.tp == 1:
-        raise UserError("parallel.sequence_parallel is on with tensor_model_parallel_size 1", "turn it off, or use TP 2 or more")
-    if config.parallel.virtual_pipeline_model_parallel_size is not None and layout.pp == 1:
-        raise UserError(
-            "parallel.virtual_pipeline_model_parallel_size is set with pipeline_model_parallel_size 1", "leave it out, or use PP 2 or more"
-        )

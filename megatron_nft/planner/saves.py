@@ -1,15 +1,13 @@
 """Checkpoints and answers of the whole run: bytes, files, stall and disk."""
 
-import json
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 from megatron_nft.config import Config, best_kept
 from megatron_nft.planner.cluster import Layout
+from megatron_nft.planner.parameters import total
 from megatron_nft.planner.times import Times
 from megatron_nft.planner.workload import Workload
-from megatron_nft.weights import table_for
 
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}  # bytes
 WEIGHT = 2  # bytes: bf16
@@ -36,7 +34,7 @@ class Saves:
     def of(cls, config: Config, hf: dict, layout: Layout, spent: Times) -> "Saves":
         """Of a whole run of train.steps."""
         checkpoint, settings = config.checkpoint, config.optimizer
-        parameters = parameter_count(hf)
+        parameters = total(hf)
         dtypes = (settings.main_params_dtype, settings.exp_avg_dtype, settings.exp_avg_sq_dtype)
         one = parameters * (WEIGHT + sum(WIDTHS[name] for name in dtypes))
         interval = checkpoint.interval or config.train.steps
@@ -51,14 +49,3 @@ class Saves:
             stall=spent.phases.get("save", 0.0) * interval, answers=answers, export=export,
             disk=(kept + (count > kept)) * one + answers + export,
         )  # fmt: skip
-
-
-def parameter_count(hf: dict) -> int:
-    """Of the whole model, padding of the vocabulary left out."""
-    return _parameters(json.dumps(hf, sort_keys=True))
-
-
-@lru_cache
-def _parameters(hf: str) -> int:
-    """A search asks for the same model some thousand times."""
-    return sum(math.prod(shape) for shape in table_for(json.loads(hf)).hf_shapes().values())

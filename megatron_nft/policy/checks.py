@@ -9,7 +9,7 @@ import torch
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError
 from megatron_nft.policy import model, optimizer, settings, versions
-from megatron_nft.policy.topology import expert_tensor_size
+from megatron_nft.sizes import expert_tensor_size
 from megatron_nft.weights import load_weights, table_for
 
 

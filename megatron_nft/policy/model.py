@@ -9,8 +9,8 @@ from megatron_nft.config import Config, ParallelConfig, max_answer_length
 from megatron_nft.errors import UserError
 from megatron_nft.policy import manifest, settings, topology, versions
 from megatron_nft.policy.layers import PackedAttention, RMSNorm
-from megatron_nft.policy.sizes import check_layout
 from megatron_nft.policy.varlen import VarlenAttention
+from megatron_nft.sizes import check_layout, check_ranks, expert_tensor_size, virtual_size
 from megatron_nft.weights import check_tokenizer, is_checkpoint, load_weights, padded_vocab_size, table_for
 
 
@@ -30,7 +30,7 @@ def check(config: Config, window: int) -> None:
             raise UserError(f"{key} in {config.model.path} is {hf[key]!r}, no number", "take the model's own config.json")
     check_layout(hf, config)
     _check_kind(hf)
-    topology.check(config.parallel, topology.world_size())
+    check_ranks(config.parallel, topology.world_size())
     if window > hf["max_position_embeddings"]:
         answers = "rollout.max_tokens" if config.rollout.max_tokens == max_answer_length(config) else "evaluation.max_tokens"
         raise UserError(
@@ -56,7 +56,7 @@ def transformer_config(hf: dict, config: Config):
     from megatron.core.transformer import TransformerConfig
 
     table, gpu = table_for(hf), torch.cuda.is_available()
-    chunks = topology.virtual_size(config.parallel)
+    chunks = virtual_size(config.parallel)
     own = dict(
         num_layers=hf["num_hidden_layers"],
         hidden_size=hf["hidden_size"],
@@ -113,7 +113,7 @@ def _experts(hf: dict, parallel: ParallelConfig) -> dict:
         # a softmax over the chosen experts is what norm_topk_prob makes of one over all of them
         moe_router_pre_softmax=not hf.get("norm_topk_prob", False),
         expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=topology.expert_tensor_size(parallel),
+        expert_tensor_parallel_size=expert_tensor_size(parallel),
     )
 
 
@@ -172,7 +172,7 @@ def build(hf: dict, config: Config) -> list:
 
     The output of the last is the last hidden state [1, tokens (/cp /tp), hidden], not logits.
     """
-    megatron, chunks = transformer_config(hf, config), topology.virtual_size(config.parallel)
+    megatron, chunks = transformer_config(hf, config), virtual_size(config.parallel)
     return [_chunk(hf, config, megatron, vp_stage) for vp_stage in ([None] if chunks is None else range(chunks))]
 
 

@@ -1,7 +1,6 @@
 """The model that is trained: log-probs, updates, weights out, save and load. Everything here runs on every rank."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, groupby
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_nft import flops, watchdog
+from megatron_nft import watchdog
 from megatron_nft.batching import Layout, Plan, TrainingAnswer, join, pack, split
 from megatron_nft.config import Config, ObjectiveConfig
 from megatron_nft.errors import UserError
@@ -35,6 +34,7 @@ from megatron_nft.weights import (
     stream,
     table_for,
 )
+
 
 class Policy:
     """A Megatron-Core GPTModel with its optimizer, loaded from config.model.path: a Hugging Face directory, or a checkpoint."""

@@ -1,6 +1,5 @@
 """Ranks: torch.distributed, Megatron-Core's groups, and this rank's place in them. The one place for rank arithmetic."""
 
-import math
 import os
 import random
 import socket
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from megatron_nft.config import ParallelConfig
 from megatron_nft.errors import UserError
 from megatron_nft.policy import cpu, versions
+from megatron_nft.sizes import check_ranks, expert_tensor_size, virtual_size
 
 
 @dataclass(frozen=True)
@@ -75,46 +75,12 @@ def world_size() -> int:
     return int(given)
 
 
-def check(parallel: ParallelConfig, world: int) -> None:
-    """Raise UserError for sizes that cannot be laid out over `world` ranks."""
-    tp, pp, cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
-    names = "tensor_model_parallel_size x pipeline_model_parallel_size" + " x context_parallel_size" * (cp > 1)
-    _check_world(world, [tp, pp, *([cp] if cp > 1 else [])], names)
-    if parallel.sequence_parallel and tp == 1:
-        raise UserError("parallel.sequence_parallel is on with tensor_model_parallel_size 1", "turn it off, or use TP 2 or more")
-    if parallel.virtual_pipeline_model_parallel_size is not None and pp == 1:
-        raise UserError(
-            "parallel.virtual_pipeline_model_parallel_size is set with pipeline_model_parallel_size 1", "leave it out, or use PP 2 or more"
-        )
-    ep, etp = parallel.expert_model_parallel_size, expert_tensor_size(parallel)
-    if ep > 1:
-        _check_world(world, [etp, ep, pp], "expert_tensor_parallel_size x expert_model_parallel_size x pipeline_model_parallel_size")
-    elif etp != tp:  # Megatron then counts each rank's experts as tensor-parallel slices
-        raise UserError(
-            f"parallel.expert_tensor_parallel_size is {etp} with tensor_model_parallel_size {tp} and expert_model_parallel_size 1",
-            "leave it out, or use EP 2 or more",
-        )
-
-
-def _check_world(world: int, sizes: list[int], names: str) -> None:
-    if world % (model := math.prod(sizes)):
-        raise UserError(
-            f"world size {world} is not divisible by {names} ({' x '.join(map(str, sizes))})",
-            f"start a multiple of {model} ranks (torchrun --nproc-per-node) or change parallel.*",
-        )
-
-
-def expert_tensor_size(parallel: ParallelConfig) -> int:
-    """Ranks an expert is cut over, Megatron's default included."""
-    return parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
-
-
 def initialize(parallel: ParallelConfig, seed: int) -> Topology:
     """Start torch.distributed (NCCL with CUDA, gloo without) and Megatron-Core's groups; seed all generators.
 
     Megatron keeps tensor-parallel ranks adjacent, then context, then data; pipeline stages are outermost.
     """
-    check(parallel, world_size())
+    check_ranks(parallel, world_size())
     start_distributed()
     make_groups(parallel)
     from megatron.core import tensor_parallel
@@ -144,12 +110,6 @@ def make_groups(parallel: ParallelConfig, **more) -> None:
         expert_tensor_parallel_size=expert_tensor_size(parallel),
         **more,
     )
-
-
-def virtual_size(parallel: ParallelConfig) -> int | None:
-    """Chunks of a pipeline stage as Megatron takes it: None where the schedule is not interleaved."""
-    chunks = parallel.virtual_pipeline_model_parallel_size
-    return None if chunks == 1 else chunks
 
 
 def _data_rank() -> int:

@@ -112,6 +112,11 @@ class Table:
         """Every Megatron tensor of the whole model, in model order; a tied head is not among them."""
         return list(self._entries)
 
+    def layer_names(self, layer: int) -> list[str]:
+        """The Megatron tensors of a layer (counted from 0), in model order."""
+        prefix = f"decoder.layers.{layer}."
+        return [name for name in self._entries if name.startswith(prefix)]
+
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every Hugging Face tensor and its shape, in model order; a tied head is not among them."""
         return {name: self.sizes.shape(words) for entry in self._entries.values() for name, words in entry.huggingface.items()}

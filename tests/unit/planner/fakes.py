@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from megatron_nft.planner.cluster import Layout
 from megatron_nft.planner.memory import Memory
-from megatron_nft.planner.saves import parameter_count
+from megatron_nft.planner.parameters import total as parameter_count
 from megatron_nft.planner.times import Times
 
 GIB = 2**30

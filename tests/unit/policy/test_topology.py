@@ -9,26 +9,27 @@ import torch.distributed as dist
 from megatron_nft.config import ParallelConfig
 from megatron_nft.errors import UserError
 from megatron_nft.policy import topology
+from megatron_nft.sizes import check_ranks
 
 
 @pytest.mark.parametrize("tp, pp, worlds", [(1, 1, (1, 3, 8)), (2, 1, (2, 6)), (1, 2, (2, 4)), (2, 2, (4, 8)), (4, 3, (12, 24))])
 def test_worlds_that_divide(tp, pp, worlds):
     for world in worlds:
-        topology.check(ParallelConfig(tp, pp), world)
+        check_ranks(ParallelConfig(tp, pp), world)
 
 
 @pytest.mark.parametrize("tp, pp, world", [(2, 1, 1), (1, 2, 3), (2, 2, 2), (2, 2, 6), (4, 3, 8)])
 def test_worlds_that_do_not_divide(tp, pp, world):
     with pytest.raises(UserError) as caught:
-        topology.check(ParallelConfig(tp, pp), world)
+        check_ranks(ParallelConfig(tp, pp), world)
     assert f"world size {world} " in caught.value.problem and f"({tp} x {pp})" in caught.value.problem
     assert f"multiple of {tp * pp} ranks" in caught.value.mend
 
 
 def test_sequence_parallel_needs_tensor_parallel():
-    topology.check(ParallelConfig(2, 1, sequence_parallel=True), 2)
+    check_ranks(ParallelConfig(2, 1, sequence_parallel=True), 2)
     with pytest.raises(UserError, match="sequence_parallel"):
-        topology.check(ParallelConfig(1, 2, sequence_parallel=True), 2)
+        check_ranks(ParallelConfig(1, 2, sequence_parallel=True), 2)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_sequence_parallel_needs_tensor_parallel():
 )
 def test_context_virtual_stages_and_experts(sizes, world, problem):
     with pytest.raises(UserError, match=problem):
-        topology.check(ParallelConfig(**sizes), world)
+        check_ranks(ParallelConfig(**sizes), world)
 
 
 def test_what_batching_rounds_up():

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError
-from megatron_nft.policy.sizes import check_layout
+from megatron_nft.sizes import check_layout
 
 DENSE = {
     "model_type": "qwen3",
