@@ -97,7 +97,26 @@ def rates(plan: Plan) -> str:
         f"{spent.step:.0f} s a rollout step, {spent.tokens_per_gpu:,.0f} sampled tokens/s/GPU; {steps} steps: {spent.days:.2f} days, "
         f"{spent.gpu_hours:,.0f} GPU-hours"
     ]
-    return "\n".join([*lines, *(f"{name}: {amount(value)}" for name, value in spent.facts.items())])
+    return "\n".join([*lines, *(line for keys, form in FACTS if (line := _fact(spent.facts, keys, form)))])
+
+
+# what is said of the facts of planner/times.py: those that it names, in one line together
+FACTS = (
+    (("groups sent", "groups kept", "sampled tokens", "mean response length", "truncated share"),
+     "generating: {:,.0f} groups sent, {:,.0f} kept, {:,.0f} tokens sampled; mean answer {:,.0f} tokens, {:.1%} cut off"),
+    (("answers running on an engine", "answers running on an engine, at most", "scheduler steps", "seconds of a scheduler step"),
+     "engines: {:.0f} answers at a time on average, {:.0f} at most; {:,.0f} scheduler steps of {:.4f} s"),
+    (("updates", "micro-batches", "slots of a micro-batch", "fill", "bubble share", "model flops utilization"),
+     "training: {:.0f} updates of {:.0f} micro-batches of {:,.0f} slots, {:.1%} of them filled; bubble {:.1%}; MFU {:.1%}"),
+    (("seconds of exposed communication", "bytes synced"),
+     "exposed communication: {:.1f} s a step; a sync carries {:.3g} bytes"),
+    (("trained tokens a second and GPU",), "trained tokens: {:,.0f} a second and GPU"),
+    (("validation seconds",), "a validation: {:.0f} s"),
+)  # fmt: skip
+
+
+def _fact(facts: dict[str, float], keys: tuple[str, ...], form: str) -> str:
+    return form.format(*(facts[key] for key in keys)) if all(facts.get(key) is not None for key in keys) else ""
 
 
 def saves(plan: Plan) -> str:

@@ -39,7 +39,7 @@ def batch(config: Config, groups: list[Group], layout: Layout, stages: int, chun
         fill=tokens / slots if slots else 0.0,
         balance=max((_balance(mini, answers.lengths, layout) for mini in minis), default=1.0),
         bubble=float(np.mean([(stages - 1) / (chunks * len(mini.micro_batches[0]) + stages - 1) for mini in minis])) if minis else 0.0,
-        same=np.array_equal(plan.scales, again.scales) and [m.micro_batches for m in minis] == [m.micro_batches for m in again.mini_batches],
+        same=np.array_equal(plan.scales, again.scales) and minis == again.mini_batches,
         denominators=max((_difference(config, answers, plan, mini) for mini in minis[:1]), default=0.0),
     )  # fmt: skip
 

@@ -19,7 +19,8 @@ def text(found: "Rehearsal") -> str:
 
 
 def _title(found: "Rehearsal") -> str:
-    return f"REHEARSAL of one rollout step: {len(found.ranks)} ranks, no weights; real queue, packing and Megatron groups; seconds are estimates"
+    real = "real queue, packing and Megatron groups; seconds are estimates"
+    return f"REHEARSAL of one rollout step: {len(found.ranks)} ranks, no weights; {real}"
 
 
 def _map(found: "Rehearsal") -> str:
@@ -34,7 +35,8 @@ def _queue(found: "Rehearsal") -> str:
     share = len(own.groups) / own.sent if own.sent else 0.0
     return (
         f"queue: {own.sent:,} prompts sent, {len(own.groups):,} groups kept ({share:.0%}){'' if own.enough else ', FEWER THAN WANTED'}; "
-        f"{own.tokens:,} tokens sampled in {own.steps:,} scheduler steps, {own.seconds:.0f} s, {own.tail:.0f} of them after the last prompt; "
+        f"{own.tokens:,} tokens sampled in {own.steps:,} scheduler steps, {own.seconds:.0f} s, "
+        f"{own.tail:.0f} of them after the last prompt; "
         f"places without an answer {own.idle:.0%}; {own.preempted:,} answers had to make room in the KV cache"
     )
 
@@ -46,8 +48,8 @@ def _packing(found: "Rehearsal") -> str:
         f"packing: {len(own.counts)} updates of {_range(own.counts)} micro-batches of {_range(own.slots)} slots on each of "
         f"{own.plan.layout.data_parallel_size} replicas; fill {own.fill:.1%}, slowest replica by the mean {own.balance:.3f}, "
         f"bubble {own.bubble:.1%} of an update\n"
-        f"denominators: {same} on ranks that heard of the answers in another order; summed over all replicas they differ from the plain sum "
-        f"by {own.denominators:.1e}"
+        f"denominators: {same} on ranks that heard of the answers in another order; summed over all replicas they differ from the plain "
+        f"sum by {own.denominators:.1e}"
     )
 
 
