@@ -1,5 +1,6 @@
 """A rollout step of the real queue (rollout/queue.py), driven by engines that have no model: lengths and verdicts are drawn, a scheduler
-step takes as long as planner/decoding.py says. Every token is a step of its own; between two events nothing changes but the contexts."""
+step takes as long as planner/decoding.py says. Answers that end within a stride of a few tokens are judged at its end; between two strides
+nothing changes but the contexts."""
 
 import heapq
 from collections import deque
@@ -15,6 +16,7 @@ from megatron_nft.prompts import Cursor, PromptSet
 from megatron_nft.rollout.queue import Queue
 from megatron_nft.trajectories import Group, Prompt, Response, Verdict
 
+STRIDES = 400  # in a mean answer, at least
 SETTLING = 2  # rollout steps beyond the staleness until what is carried is as in the middle of a run; where nothing is carried, none
 
 
@@ -74,6 +76,7 @@ class _Run:
         self.waiting: list[deque[_Answer]] = [deque() for _ in range(engines)]
         self.order: list[dict[tuple[int, int], None]] = [{} for _ in range(engines)]  # admitted answers, the last the newest
         self.running, self.context, self.fresh = (np.zeros(engines, np.int64) for _ in range(3))
+        self.stride = max(1, int(self.work.mean / STRIDES))
         self.now = 0  # scheduler steps so far
         self.drawn: dict[int, tuple[list[int], list[float]]] = {}
 
@@ -164,10 +167,10 @@ class _Run:
             heapq.heappush(self.ends, (self.now + answer.length - answer.done, answer.key, answer.sample, self.now))
 
     def _advance(self, found: Sampled) -> tuple[int, float]:
-        """All engines to the next event: an answer ends, or a cache is full. Scheduler steps, and seconds."""
+        """All engines to the next event: an answer has ended, or a cache is full. Scheduler steps, and seconds."""
         while self.ends and not self._is_current(self.ends[0]):
             heapq.heappop(self.ends)
-        steps = max(self.ends[0][0] - self.now, 1) if self.ends else 1
+        steps = max(self.ends[0][0] - self.now, self.stride) if self.ends else 1
         crowded = self.running > 1
         if crowded.any():
             room = (self.engine.kv_tokens - self.context[crowded]) // self.running[crowded]
@@ -193,6 +196,7 @@ class _Run:
             if not self._is_current(end):
                 continue
             answer = self.answers[end[1:3]]
+            found.tokens -= self.now - end[0]
             self._leave(answer)
             del self.answers[answer.key, answer.sample]
             reason = "length" if answer.length >= self.rollout.max_tokens else "stop"
