@@ -24,8 +24,7 @@ class Cluster:
 
     @classmethod
     def of(cls, config: Config) -> "Cluster":
-        """From config.plan and rollout.mode. Raises UserError for an unknown GPU, no number of nodes, and GPUs
-        that engines cannot share."""
+        """From config.plan and rollout.mode. Raises UserError for an unknown GPU, no number of nodes, GPUs that engines cannot share."""
         plan, tp = config.plan, config.rollout.tensor_parallel_size
         if plan.nodes is None:
             raise UserError("plan.nodes has no value", "say for how many nodes: plan.nodes=16 (and plan.gpu, plan.gpus_per_node)")

@@ -15,9 +15,7 @@ from megatron_nft.planner.communication import NVLINK_SHARE
 from megatron_nft.planner.hardware import Gpu, check_fp8
 from megatron_nft.weights.layouts import Sizes
 
-CACHE_SHARE = (
-    0.60  # of the memory's bandwidth, by paged attention: blocks of 16 tokens, uneven contexts; FlashAttention-3 alone: 0.6 to 0.75
-)
+CACHE_SHARE = 0.60  # of the memory's bandwidth, by paged attention: blocks of 16 tokens, uneven contexts (0.6 to 0.75 by kernels alone)
 LAYER_KERNELS = 22e-6  # seconds of a layer's small kernels in a CUDA graph: norms, rotation, cache, activation: 8 to 10 of 2 to 3 us
 EAGER_KERNELS = 16  # kernels of a layer that Python starts where nothing is captured
 ALL_REDUCE = {1: 0.0, 2: 6e-6, 4: 9e-6, 8: 12e-6}  # seconds of vLLM's own small all-reduce over NVLink, by tensor-parallel size

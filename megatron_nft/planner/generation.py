@@ -123,7 +123,8 @@ class _Fleet:
         """One rollout step, from where the one before ended."""
         self._begin()
         clock = tail = used = most = ticks = 0.0
-        prompts = self._per_engine(self._held)  # what goes on is read again
+        # what goes on is read again, but for servers, which keep their caches
+        prompts = self._per_engine(self._held) if self.engine.lockstep else np.zeros(self.engines)
         while True:
             fresh = self._send()
             ready = self._ready()

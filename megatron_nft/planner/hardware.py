@@ -21,7 +21,7 @@ class Gpu:
     """One GPU and its share of the node's network. Rates a second, one direction."""
 
     name: str
-    memory: int  # bytes that nvidia-smi reports
+    memory: int  # bytes, the vendor's figure in GiB; memory.py knows what of it a process can have
     bf16: float  # dense operations
     fp8: float | None
     bandwidth: float  # bytes of its memory
@@ -42,16 +42,16 @@ _AMPERE = Achieved(0.74, 0.0, 0.66, 0.56)
 _HOPPER = Achieved(0.66, 0.60, 0.62, 0.52)
 _BLACKWELL = Achieved(0.66, 0.58, 0.60, 0.45)
 
-MIB = 2**20
+GIB = 2**30
 # Data sheets: A100 80GB SXM (NVLink 600 GB/s both ways, PCIe 4 x16), H100 SXM5 (900 GB/s, PCIe 5 x16), H200 SXM, HGX B200 (1.8 TB/s).
-# Network: one adapter a GPU, 200 Gbit/s in DGX A100, 400 Gbit/s in DGX H100, H200 and B200. Memory as nvidia-smi prints it.
+# Network: one adapter a GPU, 200 Gbit/s in DGX A100, 400 Gbit/s in DGX H100, H200 and B200.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", 81_920 * MIB, 312e12, None, 2.039e12, 300e9, 25e9, 32e9, 108, _AMPERE),
-        Gpu("H100", 81_559 * MIB, 989.4e12, 1978.9e12, 3.35e12, 450e9, 50e9, 64e9, 132, _HOPPER),
-        Gpu("H200", 143_771 * MIB, 989.4e12, 1978.9e12, 4.8e12, 450e9, 50e9, 64e9, 132, _HOPPER),
-        Gpu("B200", 183_359 * MIB, 2250e12, 4500e12, 7.7e12, 900e9, 50e9, 64e9, 148, _BLACKWELL),
+        Gpu("A100", 80 * GIB, 312e12, None, 2.039e12, 300e9, 25e9, 32e9, 108, _AMPERE),
+        Gpu("H100", 80 * GIB, 989.4e12, 1978.9e12, 3.35e12, 450e9, 50e9, 64e9, 132, _HOPPER),
+        Gpu("H200", 141 * GIB, 989.4e12, 1978.9e12, 4.8e12, 450e9, 50e9, 64e9, 132, _HOPPER),
+        Gpu("B200", 180 * GIB, 2250e12, 4500e12, 7.7e12, 900e9, 50e9, 64e9, 148, _BLACKWELL),
     )
 }
 

@@ -6,22 +6,23 @@ from megatron_nft.config import Config, set_sampling
 from megatron_nft.planner.communication import HOST_SHARE, NETWORK_SHARE
 from megatron_nft.planner.decoding import Engine
 from megatron_nft.planner.generation import Order, simulate
+from megatron_nft.planner.holdings import MASTER, MOMENTS
 from megatron_nft.planner.kernels import moved
+from megatron_nft.planner.memory import checkpoint_bytes
+from megatron_nft.planner.parameters import total
 from megatron_nft.planner.training_time import Training
 from megatron_nft.planner.workload import Workload
 
-# vLLM's reload of weights handles each tensor in Python: NeMo-RL and verl need 1 to 3 ms for one (verl's 14.2 s for Qwen2.5-32B over NCCL,
-# 6.2 s for the changed tensors alone, PEERS.md: 771 tensors of 8 to 18 ms with 65 GB on the way)
-PER_TENSOR = 3e-3
-PER_BUCKET = 4e-3  # an all-gather's and a broadcast's start, packing and unpacking
+# Assumed, with nothing published for this very way; verl's sync of Qwen2.5-32B by NCCL takes 14.2 s, 6.2 s where only changes are sent:
+# vLLM's reload handles each tensor in Python.
+PER_TENSOR = 5e-3
+PER_BUCKET = 10e-3  # the start of an all-gather and a broadcast, packing and unpacking
 TENSORS_OF_LAYER = 12  # of a dense layer under Hugging Face's names; biases and norms included
-# Waking and sleeping: vLLM's sleep mode frees and maps again the physical memory of weights and cache: its blog of 2025-10-26 has 0.1 to 1 s
-# for level 2, which leaves the weights behind
-WAKE, SLEEP = 1.0, 0.7
-SAVE_PLANNING = 4.0  # seconds of Megatron's checkpoint plan, on all ranks, before the copy: measured there at 100 to 1,000 ranks
-DISK = 1e9  # bytes a second and node that a parallel file system takes
-VERDICTS = 1.0  # seconds until the last answers' verdicts are there: the others are made while answers are written
-BATCHING = 2.0  # seconds of placing and exchanging answers, rollouts/ and logs on the way: each rank writes its own
+WAKE, SLEEP = 1.0, 0.7  # assumed: memory of weights and cache is mapped again, and freed (vLLM's sleep mode, level 2: nothing is copied)
+SAVE_PLANNING = 4.0  # assumed: Megatron's checkpoint plan on all ranks, before the copy to the host
+DISK = 1e9  # assumed: bytes a second and node that a parallel file system takes
+VERDICTS = 1.0  # assumed: seconds until the last answers' verdicts are there: the others are made while answers are written
+BATCHING = 2.0  # assumed: seconds of placing and exchanging answers, rollouts/ and logs on the way: each rank writes its own
 SIZES = {"aime24": 30, "aime25": 30, "amc23": 40, "math500": 500, "olympiadbench": 675, "minerva": 272}  # problems of the benchmarks
 UNKNOWN_SIZE = 500  # problems of a set that is none of these and has no limit
 
@@ -38,7 +39,7 @@ def sync(config: Config, training: Training) -> Sync:
     """Each bucket is broadcast over the stages and gathered over tensor-parallel ranks, then read by the engine in place. Served: the first
     trainers send buckets to the servers' GPUs, over the network."""
     sizes, cut, gpu = training.sizes, training.layout, training.gpu
-    nbytes = 2.0 * model_parameters(training)
+    nbytes = 2.0 * total(training.hf)
     tensors = sizes.layers * (TENSORS_OF_LAYER + 3 * sizes.experts) + 3
     buckets = nbytes / (config.rollout.update_weights_bucket_megabytes * 2**20)
     across = training.stages.send(nbytes / cut.tp) if cut.pp > 1 else 0.0
@@ -51,36 +52,11 @@ def sync(config: Config, training: Training) -> Sync:
     return Sync(parts, nbytes)
 
 
-def model_parameters(training: Training) -> float:
-    """Of the whole model."""
-    sizes = training.sizes
-    experts = 3 * sizes.hidden * sizes.expert_ffn * sizes.experts if sizes.experts else 3 * sizes.hidden * sizes.ffn
-    layer = sizes.hidden * (2 * sizes.query + 2 * sizes.key) + experts + 2 * sizes.hidden
-    return sizes.layers * layer + (1 if sizes.tied else 2) * sizes.vocabulary * sizes.hidden + sizes.hidden
-
-
-def checkpoint_bytes(config: Config, training: Training) -> float:
-    """BF16 parameters, and main parameters and moments in their dtypes."""
-    size = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
-    optimizer = config.optimizer
-    state = sum(size[dtype] for dtype in (optimizer.main_params_dtype, optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
-    return model_parameters(training) * (2 + state)
-
-
 def save_stall(config: Config, training: Training) -> float:
     """Seconds that training waits for a save: the plan and the copy to the host; without async_save the writing, too."""
-    cluster, nbytes = training.cluster, checkpoint_bytes(config, training)
+    cluster, nbytes = training.cluster, checkpoint_bytes(config, training.hf)["checkpoint"]
     stall = SAVE_PLANNING + nbytes / cluster.trainers / (cluster.gpu.host * HOST_SHARE)
     return stall if config.checkpoint.async_save else stall + nbytes / (DISK * cluster.nodes)
-
-
-def kept_checkpoints(config: Config) -> int:
-    """On disk at a time: those that are kept, and one that is being written."""
-    best = config.checkpoint.keep_best
-    if best is None:
-        every, saves = config.evaluation.interval, config.checkpoint.interval
-        best = 1 if config.evaluation.sets and every and saves and saves % every == 0 else 0
-    return config.checkpoint.keep + best + 1
 
 
 def offload(config: Config, training: Training) -> float:
@@ -88,7 +64,7 @@ def offload(config: Config, training: Training) -> float:
     level, link = config.train.offload or "gradients", training.gpu.host * HOST_SHARE
     if config.rollout.mode == "served":
         return 0.0
-    state = training.parameters / training.data.size * (checkpoint_bytes(config, training) / model_parameters(training) - 2)
+    state = training.parameters / training.data.size * (MASTER + MOMENTS)
     if config.optimizer.optimizer_cpu_offload:
         state *= 1 - config.optimizer.optimizer_offload_fraction
     nbytes = {"none": 0.0, "gradients": 0.0, "optimizer": state, "all": state + 2 * training.parameters}[level]

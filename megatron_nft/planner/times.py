@@ -8,7 +8,7 @@ from megatron_nft.planner import other_times
 from megatron_nft.planner.cluster import Cluster
 from megatron_nft.planner.decoding import Engine
 from megatron_nft.planner.generation import Generation, Order, simulate
-from megatron_nft.planner.memory import Memory
+from megatron_nft.planner.memory import Memory, checkpoint_bytes
 from megatron_nft.planner.training_time import BUBBLE, EXPOSED, Pass, Shape, Training
 from megatron_nft.planner.workload import Workload
 
@@ -16,8 +16,9 @@ from megatron_nft.planner.workload import Workload
 @dataclass(frozen=True)
 class Times:
     """phases: seconds of a rollout step in "generate", "rewards", "old_logprobs", "train", "sync", "save" (its stall, a step's share) and
-    "other"; their sum is `step` where colocated, the longer of both sides where served. parts: of a phase the seconds of what it is made of, e.g.
-    {"train": {"matrix products": ..., "attention": ..., "bubble": ..., "exposed communication": ...}}. facts: further numbers by name."""
+    "other"; their sum is `step` where colocated, the longer of both sides where served. parts: of a phase the seconds of what it is made
+    of, e.g. {"train": {"matrix products": ..., "attention": ..., "bubble": ..., "exposed: tensor parallel": ...}}. facts: further numbers
+    by name."""
 
     phases: dict[str, float]
     parts: dict[str, dict[str, float]]
@@ -86,7 +87,7 @@ def _facts(config: Config, training: Training, work: Workload, shape: Shape, gen
     flops = training.model_flops(tokens, tokens * shape.length)
     train = update.total * work.updates
     gpu, sent = training.gpu, training.bytes_of_collectives(shape)
-    checkpoint = other_times.checkpoint_bytes(config, training)
+    disk = checkpoint_bytes(config, training.hf)
     facts = {
         "flops of a step": flops,
         "model flops utilization": flops / (train * training.cluster.trainers * gpu.bf16),
@@ -109,8 +110,8 @@ def _facts(config: Config, training: Training, work: Workload, shape: Shape, gen
         "median response length": work.quantile(0.5),
         "90 % of responses below": work.quantile(0.9),
         "truncated share": work.truncated,
-        "checkpoint bytes": checkpoint,
-        "disk bytes": checkpoint * other_times.kept_checkpoints(config),
+        "checkpoint bytes": disk["checkpoint"],
+        "disk bytes": disk["disk"],
     }
     facts |= {f"seconds of exposed {name.removeprefix('exposed: ')} communication": update.seconds.get(name, 0.0) * work.updates
               for name in EXPOSED}  # fmt: skip
