@@ -5,6 +5,7 @@ in bf16 and with an MLP as wide as GPT's, a layer keeps that paper's 34 s b h bu
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_nft.config import Config, TrainConfig
 from megatron_nft.planner.cluster import Layout
@@ -59,7 +60,14 @@ class Micro:
 
     def parts(self, layer: int) -> dict[str, int]:
         """Bytes by the module that would make them again; "" for what no module does. A layer's input is among them."""
-        return self._attention(layer) | (self._experts(layer) if self.table.has_experts(layer) else self._mlp(layer))
+        kind = self.table.has_experts(layer), self._in_fp8(layer, "linear_qkv.weight")  # many layers, few kinds
+        if kind not in self._known:
+            self._known[kind] = self._attention(layer) | (self._experts(layer) if kind[0] else self._mlp(layer))
+        return self._known[kind]
+
+    @cached_property
+    def _known(self) -> dict[tuple[bool, bool], dict[str, int]]:
+        return {}
 
     def _attention(self, layer: int) -> dict[str, int]:
         sizes, tp, size = self.table.sizes, self.layout.tp, self.itemsize

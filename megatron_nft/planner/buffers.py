@@ -56,6 +56,7 @@ class Buffer:
         """Elements of each bucket, padding included."""
         return np.diff(self._spans[1], prepend=0).tolist()
 
+    @cached_property
     def owned(self) -> np.ndarray:
         """int [ranks]: elements of parameters, without padding, in each rank's part of all buckets."""
         spans, ends = self._spans

@@ -5,23 +5,25 @@ KV cache is what weights, the activations of its largest batch, CUDA graphs and 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_nft.config import Config, max_model_len
+from megatron_nft.config import Config
 from megatron_nft.errors import UserError
 from megatron_nft.planner.holdings import ITEMSIZE
-from megatron_nft.weights import padded_vocab_size, table_for
+from megatron_nft.planner.parameters import table_of
+from megatron_nft.weights import padded_vocab_size
 from megatron_nft.weights.layouts import Sizes
 
 GIB = 2**30
 VOCABULARY_MULTIPLE = 64  # vLLM's DEFAULT_VOCAB_PADDING_SIZE
-BLOCK = 16  # tokens of a block of the cache
+BLOCK = 16  # tokens of a block of the cache: vLLM's default block_size
 # Captured graphs of all batch sizes: vLLM's logs of models of 27 to 32 billion weights on two or four GPUs say 0.2 to 1.2 GiB
 # ("Estimated CUDA graph memory", "Graph capturing finished ... took").
 GRAPHS = 1 * GIB
-# What libraries take besides torch when an engine starts: the workspaces of FlashInfer (394 MiB) and cuBLAS, persistent inputs; the
-# example in vLLM's utils/mem_utils.py has it grow from 0.5 to 1 GiB.
-LIBRARIES = GIB // 2
+# What an engine takes beside torch and the CUDA context, kernels and workspaces: of Llama 3 8B on one H100, vllm-project/vllm pull request
+# 10511 shows 1.79 GiB with the context (trainer_memory.CONTEXT).
+LIBRARIES = int(1.2 * GIB)
 LOGITS = 5  # float32 copies of [running answers, vocabulary] alive in the sampler: logits, processed, sorted, softmax, log-probs
 
 
@@ -35,11 +37,13 @@ class Engine:
     libraries: int
     requested: int  # what it may use in all
     token: int  # of the KV cache for a token
+    loading: int  # of the largest layer, which stands beside the one in use while new weights come
+    block: int = BLOCK  # tokens
 
     @property
     def cache(self) -> int:
         """Of the KV cache, whole blocks; 0 where nothing is left for one."""
-        block = BLOCK * self.token
+        block = self.block * self.token
         return max(self.requested - self.weights - self.activations - self.graphs - self.libraries, 0) // block * block
 
     @property
@@ -70,6 +74,8 @@ def engine(hf: dict, config: Config, usable: int) -> Engine:
         LIBRARIES,
         math.ceil(rollout.gpu_memory_utilization * usable),
         token_bytes(hf, config),
+        _largest_layer(hf, config),
+        rollout.vllm.get("block_size") or BLOCK,
     )
 
 
@@ -95,24 +101,34 @@ def weights(hf: dict, config: Config) -> int:
     """Bytes of the weights on one GPU of an engine. FP8 keeps the linear layers' in 8 bits, not embedding, head and norms."""
     sizes, tp, itemsize = Sizes.of(hf), config.rollout.tensor_parallel_size, ITEMSIZE[config.model.precision]
     linear = 1 if str(config.rollout.quantization).startswith("fp8") else itemsize
-    vocabulary = padded_vocab_size(padded_vocab_size(sizes.vocabulary, 1, VOCABULARY_MULTIPLE), tp) // tp * sizes.hidden
-    tables = vocabulary * (1 if sizes.tied else 2) + sizes.hidden
-    return sum(cut * linear + rest * itemsize for cut, rest in map(layer_weights(hf, tp), range(sizes.layers))) + tables * itemsize
+    tables = _vocabulary(sizes, tp) * (1 if sizes.tied else 2) + sizes.hidden
+    return sum(cut * linear + rest * itemsize for cut, rest in _layers(hf, tp)) + tables * itemsize
 
 
-def layer_weights(hf: dict, tp: int):
-    """Of a layer (counted from 0): elements on one GPU of the weights in its linear layers, and of all others."""
-    table, sizes = table_for(hf), Sizes.of(hf)
+def _vocabulary(sizes: Sizes, tp: int) -> int:
+    """Elements of the embedding, or of the head, on one GPU."""
+    return padded_vocab_size(padded_vocab_size(sizes.vocabulary, 1, VOCABULARY_MULTIPLE), tp) // tp * sizes.hidden
+
+
+def _layers(hf: dict, tp: int) -> Iterator[tuple[int, int]]:
+    """Of each layer, elements on one GPU of the weights in its linear layers, and of all others."""
+    table, sizes = table_of(hf), Sizes.of(hf)
     key, query, hidden = max(sizes.groups // tp, 1) * sizes.head, sizes.query // tp, sizes.hidden
-
-    def of(layer: int) -> tuple[int, int]:
-        attention = hidden * (2 * query + 2 * key)
-        small = 2 * hidden + (query + 2 * key) * table.qkv_bias + 2 * sizes.head * table.qk_norm
+    attention = hidden * (2 * query + 2 * key)
+    small = 2 * hidden + (query + 2 * key) * table.qkv_bias + 2 * sizes.head * table.qk_norm
+    for layer in range(sizes.layers):
         if table.has_experts(layer):
-            return attention + 3 * sizes.experts * sizes.expert_ffn // tp * hidden, small + sizes.experts * hidden
-        return attention + 3 * sizes.ffn // tp * hidden, small
+            yield attention + 3 * sizes.experts * sizes.expert_ffn // tp * hidden, small + sizes.experts * hidden
+        else:
+            yield attention + 3 * sizes.ffn // tp * hidden, small
 
-    return of
+
+def _largest_layer(hf: dict, config: Config) -> int:
+    """Bytes on one GPU, before they are quantised, of the most weights that one of vLLM's modules holds: a layer's MLP or all its experts,
+    or the embedding."""
+    sizes, tp = Sizes.of(hf), config.rollout.tensor_parallel_size
+    inner = 3 * sizes.experts * sizes.expert_ffn if sizes.experts else 2 * sizes.ffn  # gate and up in one
+    return max(inner // tp * sizes.hidden, _vocabulary(sizes, tp)) * ITEMSIZE[config.model.precision]
 
 
 def _activations(hf: dict, config: Config) -> int:
@@ -124,8 +140,3 @@ def _activations(hf: dict, config: Config) -> int:
     attention = (2 * sizes.query + 4 * sizes.key) // tp
     layer = rollout.max_num_batched_tokens * itemsize * (3 * sizes.hidden + max(inner, attention))
     return max(layer, LOGITS * rollout.max_num_seqs * sizes.vocabulary * 4)
-
-
-def window(config: Config) -> int:
-    """Tokens that an engine's cache must hold at least: vLLM does not start with less."""
-    return max_model_len(config)

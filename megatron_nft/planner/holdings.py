@@ -104,7 +104,7 @@ class Stage:
         """Bytes on the GPU and on the host of the states that a rank owns."""
         settings, kept = self.config.optimizer, ITEMSIZE[self.config.model.precision] == 4
         if not settings.optimizer_cpu_offload:
-            return sum(int(buffer.owned()[rank]) for buffer in buffers) * _state(self.config), 0
+            return sum(int(buffer.owned[rank]) for buffer in buffers) * _state(self.config), 0
         pieces = [piece for buffer in buffers for piece in buffer.pieces(rank)]
         away = offloaded(pieces, settings.optimizer_offload_fraction)
         # without the precision-aware optimizer Megatron's own float32 copies stay on the GPU, and the host has copies of them

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from megatron_nft.config import Config, best_kept, max_model_len
+from megatron_nft.errors import UserError
 from megatron_nft.planner import engine_memory, parameters, trainer_memory
 from megatron_nft.planner.cluster import Cluster, Layout
 from megatron_nft.planner.engine_memory import Engine
@@ -11,13 +12,20 @@ from megatron_nft.planner.holdings import MASTER, MOMENTS
 from megatron_nft.planner.trainer_memory import Trainer
 from megatron_nft.planner.weight_stream import stream
 from megatron_nft.sizes import check_layout, check_ranks
-from megatron_nft.weights import padded_vocab_size, table_for
+from megatron_nft.weights import padded_vocab_size
 
 PHASES = ("generate", "old_logprobs", "train", "sync", "save")
 # Of the vendor's figure, what a process can have: torch's out-of-memory messages tell of 79.1 GiB on an H100 or A100 of 80, 139.7 on an
 # H200 of 141, 178.4 on a B200 of 180.
 USABLE = 0.988
 LONGEST = 2**20  # slots: no micro-batch is looked for beyond
+_UNEVEN = {
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+}
 SLOTS = 128  # policy.LENGTH_MULTIPLE
 
 
@@ -74,7 +82,9 @@ def memory(config: Config, hf: dict, cluster: Cluster) -> Memory:
 
 def layout_for(config: Config, hf: dict, cluster: Cluster) -> Layout:
     """The layout of a model on a cluster. Raises UserError where one does not suit the other."""
-    table_for(hf)
+    parameters.table_of(hf)
+    for name in _UNEVEN & config.megatron.transformer.keys():
+        raise UserError(f"megatron.transformer.{name} is set, and the planner deals layers evenly", "plan without it")
     check_ranks(config.parallel, cluster.trainers)
     check_layout(hf, config)
     return Layout.of(config, cluster)
@@ -84,7 +94,7 @@ def checkpoint_bytes(config: Config, hf: dict) -> dict[str, int]:
     """Bytes on the disk: "weights" in the model's precision, "optimizer" (float32 weights and both moments), "checkpoint" (a save), and
     "disk" while a run is under way: the newest and best that are kept, and the one that is written before an older is deleted."""
     padded = padded_vocab_size(hf["vocab_size"], config.parallel.tensor_model_parallel_size) - hf["vocab_size"]
-    tied = table_for(hf).tied
+    tied = parameters.table_of(hf).tied
     count = parameters.total(hf) + padded * hf["hidden_size"] * (1 if tied else 2)
     size = 4 if config.model.precision == "fp32" else 2
     saved = {"weights": count * size, "optimizer": count * (MASTER + MOMENTS)}

@@ -1,6 +1,9 @@
 """Which parameters a rank holds: by stage, chunk and rank of Megatron's layout, in the order in which Megatron registers them."""
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from megatron_nft.config import Config
@@ -25,11 +28,17 @@ class Parameter:
     expert: bool = False  # reduced over fewer ranks than the others: those that hold the same experts
     alone: bool = False  # in a bucket of its own: a tied embedding that stands on two stages
     fp8: bool = False  # kept in 8 bits
+    layer: int | None = None  # counted from 0; None outside the layers
 
-    @property
-    def layer(self) -> int | None:
-        """Counted from 0; None outside the layers."""
-        return int(self.name.split(".")[2]) if self.name.startswith("decoder.layers.") else None
+
+def table_of(hf: dict) -> Table:
+    """The table of a config.json, made once: a search asks for it many times, and that of a mixture of experts has thousands of rows."""
+    return _table(json.dumps(hf, sort_keys=True))
+
+
+@lru_cache(maxsize=4)
+def _table(hf: str) -> Table:
+    return table_for(json.loads(hf))
 
 
 def chunks(hf: dict, config: Config, layout: Layout, stage: int, transformer_engine: bool = True) -> list[list[Parameter]]:
@@ -37,8 +46,11 @@ def chunks(hf: dict, config: Config, layout: Layout, stage: int, transformer_eng
 
     transformer_engine: layers are its own, as on a GPU; otherwise Megatron's local ones.
     """
-    table, held = table_for(hf), [layers_of(hf, layout, stage, chunk) for chunk in range(layout.vpp)]
-    return [[_parameter(name, table, config, layout) for name in _names(table, layout, layers, transformer_engine)] for layers in held]
+    table, held = table_of(hf), [layers_of(hf, layout, stage, chunk) for chunk in range(layout.vpp)]
+    return [
+        [_parameter(name, layer, table, config, layout) for layer, name in _names(table, layout, layers, transformer_engine)]
+        for layers in held
+    ]
 
 
 def layers_of(hf: dict, layout: Layout, stage: int, chunk: int = 0) -> range:
@@ -50,15 +62,26 @@ def layers_of(hf: dict, layout: Layout, stage: int, chunk: int = 0) -> range:
 
 def total(hf: dict) -> int:
     """Weights of the whole model, without padding; a tied head counts once."""
-    return sum(map(prod, table_for(hf).hf_shapes().values()))
+    return _total(json.dumps(hf, sort_keys=True))
 
 
-def _names(table: Table, layout: Layout, layers: range, transformer_engine: bool) -> list[str]:
+@lru_cache(maxsize=4)
+def _total(hf: str) -> int:
+    return sum(map(prod, _table(hf).hf_shapes().values()))
+
+
+def _names(table: Table, layout: Layout, layers: range, transformer_engine: bool) -> Iterator[tuple[int | None, str]]:
+    """(layer, name) in the order of the modules."""
     first, last = layers.start == 0, layers.stop == table.sizes.layers
     copy = table.tied and layout.pp > 1  # the last stage's own copy of the embedding
-    names = [name for layer in layers for name in _layer(table, layout, layer, transformer_engine)]
-    head = [HEAD.megatron] if copy or not table.tied else []
-    return [*([EMBEDDING.megatron] if first else []), *names, *([FINAL_NORM.megatron, *head] if last else [])]
+    if first:
+        yield None, EMBEDDING.megatron
+    for layer in layers:
+        yield from ((layer, name) for name in _layer(table, layout, layer, transformer_engine))
+    if last:
+        yield None, FINAL_NORM.megatron
+    if last and (copy or not table.tied):
+        yield None, HEAD.megatron
 
 
 def _layer(table: Table, layout: Layout, layer: int, transformer_engine: bool) -> list[str]:
@@ -72,12 +95,12 @@ def _layer(table: Table, layout: Layout, layer: int, transformer_engine: bool) -
     return sorted((name for name in table.layer_names(layer) if (expert_number(name) or 0) < held), key=key)
 
 
-def _parameter(name: str, table: Table, config: Config, layout: Layout) -> Parameter:
+def _parameter(name: str, layer: int | None, table: Table, config: Config, layout: Layout) -> Parameter:
     expert = expert_number(name) is not None
     numel = prod(table.shard_shape(name, layout.etp if expert else layout.tp))
     tied = table.tied and layout.pp > 1 and name in (EMBEDDING.megatron, HEAD.megatron)
     fp8 = config.model.fp8_param_gather and is_fp8(name, config, table.sizes.layers)
-    return Parameter(name, numel, expert and layout.ep > 1, tied, fp8)
+    return Parameter(name, numel, expert and layout.ep > 1, tied, fp8, layer)
 
 
 def is_fp8(name: str, config: Config, layers: int) -> bool:

@@ -9,14 +9,16 @@ from megatron_nft.planner import activations
 from megatron_nft.planner.activations import Micro
 from megatron_nft.planner.cluster import Layout
 from megatron_nft.planner.engine_memory import GIB, Engine
-from megatron_nft.planner.holdings import ITEMSIZE, MASTER, MOMENTS, Held, Stage
+from megatron_nft.planner.holdings import ITEMSIZE, MASTER, MOMENTS, Stage
+from megatron_nft.planner.parameters import table_of
 from megatron_nft.planner.weight_stream import Stream
-from megatron_nft.weights import Table, table_for
+from megatron_nft.weights import Table
 
 # A CUDA context with its kernels takes some 0.5 GiB on an H100, cuBLAS 32 MiB for each stream (torch's default on Hopper).
 CONTEXT = int(0.6 * GIB)
 # Of each NCCL communicator that is in use: buffers of every channel. NVIDIA/nccl issue 864 tells of 1.6 GB for one over two nodes and
-# 6 GB for three and more, issue 1685 of 1.1 GB for the usual collectives of eight H100; less within a node and with fewer channels.
+# 6 GB for three and more, issue 1685 of 1.1 GB for the usual collectives of eight H100, vllm-project/vllm pull request 10511 of 1.8 GiB for
+# all of two H100's. Less within a node and with fewer channels.
 COMMUNICATOR = GIB // 2
 # Of what comes and goes, lost between blocks: GMLake (ASPLOS 2024) measured 15 % in training on average. Lengths here are multiples of
 # 128, which fit again.
@@ -48,7 +50,7 @@ class Trainer:
     @cached_property
     def table(self) -> Table:
         """Of the model."""
-        return table_for(self.hf)
+        return table_of(self.hf)
 
     @property
     def served(self) -> bool:
@@ -85,7 +87,7 @@ class Trainer:
         world = layout.tp * layout.pp * layout.cp * layout.dp
         sizes = [layout.tp, layout.pp, layout.cp, layout.cp * layout.dp, world]
         sizes += [layout.ep, layout.ep * layout.etp, world // (layout.pp * layout.ep * layout.etp)] if experts else []
-        sizes += [layout.pp if self.hf.get("tie_word_embeddings") else 1]
+        sizes += [layout.pp if self.table.tied else 1]
         sizes += [0 if self.served else self.config.rollout.tensor_parallel_size]
         return (size for size in sizes if size > 1)
 
@@ -110,14 +112,16 @@ class Trainer:
         return self._resident(stage, _ALL) | self._sleeping | self._passing(self._micro(slots), stage, backward=True)
 
     def _sync(self, stage: Stage, slots: int) -> dict[str, int]:
-        """The stream while the engine's KV cache is still away, or the cache while the parameters are still here: what takes more."""
+        """The stream while the engine's KV cache is still away, or the cache, and the check of log-probs, while the parameters are still
+        here: what takes more."""
         resident = self._resident(stage, (_ALL - self.leaving) | {"weights"})
         if self.served:
             return resident | {"weight buckets": self.stream.peak}
         awake = self.engine.parts()
         cache, working = awake.pop("KV cache"), awake.pop("vLLM activations")
-        if self.stream.peak > cache + working:
-            return resident | awake | {"weight buckets": self.stream.peak}
+        coming = {"weight buckets": self.stream.peak, "vLLM layer being loaded": self.engine.loading}
+        if sum(coming.values()) > cache + working:
+            return resident | awake | coming
         return resident | self.engine.parts()
 
     def _save(self, stage: Stage, slots: int) -> dict[str, int]:
@@ -126,6 +130,7 @@ class Trainer:
         buffers = [(size, buffer.ranks) for buffer in (*stage.dense, *stage.experts) for size in buffer.buckets if buffer.ranks > 1]
         gathered = max((MASTER * (size + size // ranks) for size, ranks in buffers), default=0)
         awake = {} if self.served else self.engine.parts()
+        awake.pop("vLLM activations", None)  # no answer is being written
         return resident | (self._sleeping if "optimizer" in self.leaving else awake) | {"gathered for the save": gathered}
 
     @property
@@ -166,7 +171,7 @@ class Trainer:
     def _on_host(self, stage: Stage) -> dict[str, int]:
         """A rank keeps its copies for the next time. A checkpoint's state is put together whole on every rank, in float32, and what is
         written in the background is a copy of the weights besides."""
-        held: Held = stage.fullest
+        held = stage.fullest
         away = sum(getattr(held, kind) for kind in self.leaving - {"gradients"})
         count, itemsize = stage.numel, ITEMSIZE[self.config.model.precision]
         staged = count * (MASTER + MOMENTS + itemsize)
@@ -180,7 +185,12 @@ class Trainer:
 
 
 def server(trainer: Trainer) -> dict[str, int]:
-    """The parts of a server's GPU, at the moment when new weights come: a tensor, and vLLM's copy of a layer's."""
+    """The parts of a server's GPU, at the moment when new weights come: a bucket, and vLLM's copy of a layer."""
     communicators = 2 if trainer.config.rollout.tensor_parallel_size > 1 else 1  # its own, and the one with the trainer
     largest = max(load.nbytes for load in trainer.stream.buckets)
-    return {"NCCL and CUDA": CONTEXT + COMMUNICATOR * communicators, **trainer.engine.parts(), "weight buckets": largest}
+    return {
+        "NCCL and CUDA": CONTEXT + COMMUNICATOR * communicators,
+        **trainer.engine.parts(),
+        "weight buckets": largest,
+        "vLLM layer being loaded": trainer.engine.loading,
+    }

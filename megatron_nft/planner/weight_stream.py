@@ -8,7 +8,6 @@ from megatron_nft.config import Config
 from megatron_nft.planner import parameters
 from megatron_nft.planner.cluster import Layout
 from megatron_nft.planner.holdings import ITEMSIZE
-from megatron_nft.weights import table_for
 from megatron_nft.weights.stream import Load, Ranks, Shard, plan
 
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -48,7 +47,7 @@ class Stream:
 
 def stream(hf: dict, config: Config, layout: Layout) -> Stream:
     """As policy.weights() sends them: rollout.update_weights_bucket_megabytes, or a larger tensor alone."""
-    table, dtype = table_for(hf), _DTYPES[ITEMSIZE[config.model.precision]]
+    table, dtype = parameters.table_of(hf), _DTYPES[ITEMSIZE[config.model.precision]]
     stages = []
     for stage in range(layout.pp):
         names = [parameter.name for chunk in parameters.chunks(hf, config, layout, stage) for parameter in chunk]

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import gcd
 
 from torch import Tensor
@@ -72,8 +73,9 @@ class Table:
     def __init__(self, config: dict, layer_entries: Callable[[dict, int], tuple[Entry, ...]]):
         """config: a Hugging Face config.json. layer_entries(config, layer): the family's entries of that layer."""
         self.config, self.sizes = config, Sizes.of(config)
-        layers = (entry.within(layer) for layer in range(self.sizes.layers) for entry in layer_entries(config, layer))
-        entries = [EMBEDDING, *layers, FINAL_NORM, *([] if self.sizes.tied else [HEAD])]
+        layers = [[entry.within(layer) for entry in layer_entries(config, layer)] for layer in range(self.sizes.layers)]
+        self._of_layers = [[entry.megatron for entry in layer] for layer in layers]
+        entries = [EMBEDDING, *chain.from_iterable(layers), FINAL_NORM, *([] if self.sizes.tied else [HEAD])]
         self._entries = {entry.megatron: entry for entry in entries}
 
     @property
@@ -114,8 +116,7 @@ class Table:
 
     def layer_names(self, layer: int) -> list[str]:
         """The Megatron tensors of a layer (counted from 0), in model order."""
-        prefix = f"decoder.layers.{layer}."
-        return [name for name in self._entries if name.startswith(prefix)]
+        return list(self._of_layers[layer])
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every Hugging Face tensor and its shape, in model order; a tied head is not among them."""

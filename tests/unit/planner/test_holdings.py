@@ -6,16 +6,19 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_nft.planner.cluster import Layout
-from megatron_nft.planner.holdings import Stage
-from tests.support import ROOT
+from megatron_nft.planner.holdings import Stage, offloaded
+from megatron_nft.planner.memory import checkpoint_bytes
+from megatron_nft.weights import read_json
+from tests.support import ROOT, tiny_model
 from tests.unit.planner.holdings_worker import configured
 
-WORKER = Path(__file__).with_name("holdings_worker.py")
+WORKER, SAVER = (Path(__file__).with_name(f"{name}_worker.py") for name in ("holdings", "checkpoint"))
 QWEN2 = {
     "model_type": "qwen2",
     "vocab_size": 101,  # divisible by nothing, as are the other sizes by a bucket's 128
@@ -100,9 +103,15 @@ def allocated(tmp_path_factory) -> dict[str, list[dict[str, int]]]:
     here = tmp_path_factory.mktemp("holdings")
     cases = [{"name": name, "hf": MODELS[case.model], "ranks": case.ranks, "settings": case.settings} for name, case in CASES.items()]
     (here / "cases.json").write_text(json.dumps(cases))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, WORKER, here / "cases.json", here / "found.json"], check=True, env=environment, cwd=ROOT)
+    run(WORKER, here / "cases.json", here / "found.json")
     return json.loads((here / "found.json").read_text())
+
+
+def run(*command: Path) -> str:
+    """What a script prints, in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], check=True, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -113,3 +122,37 @@ def test_every_rank_holds_what_megatron_allocates(name, allocated):
     mine = [{"weights": one.weights, "gradients": one.gradients, "optimizer": one.optimizer} for one in held]
     assert mine == allocated[name]
     assert max(one.device for one in held) == max(stage.fullest.device for stage in stages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_checkpoint_has_the_size_that_is_foreseen(tie, tmp_path):
+    """Each tensor's own file inside the files takes a kilobyte more: less than a hundredth here."""
+    model = tiny_model(tmp_path / "model", tie=tie, hidden_size=256, intermediate_size=512)
+    foreseen = checkpoint_bytes(configured({"model.precision": "bf16"}), read_json(model / "config.json"))["checkpoint"]
+    assert foreseen < int(run(SAVER, model, tmp_path / "checkpoint")) < 1.01 * foreseen
+
+
+@pytest.mark.slow  # imports Megatron
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("sizes", [[7], [5, 3, 9, 1, 4], [1000, 1, 1]])
+def test_the_host_updates_what_megatron_moves_there(sizes, fraction):
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+    class Piece(SimpleNamespace):
+        """A parameter that is said to be on a GPU until it is copied."""
+
+        is_cuda, dtype = True, None
+
+        def numel(self):
+            return self.size
+
+        def cpu(self):
+            return Piece(size=self.size, is_cuda=False)
+
+        detach = clone = pin_memory = float = lambda self: self
+        __hash__ = object.__hash__
+
+    optimizer = SimpleNamespace(param_groups=[{"params": [Piece(size=size) for size in sizes]}], param_update_in_fp32=False)
+    host, *_ = HybridDeviceOptimizer._get_sub_optimizer_param_groups(optimizer, fraction)
+    assert offloaded(sizes, fraction) == sum(piece.size for group in host for piece in group["params"])
