@@ -17,7 +17,8 @@ from megatron_nft.rollout.queue import Queue
 from megatron_nft.trajectories import Group, Prompt, Response, Verdict
 
 STRIDES = 400  # in a mean answer, at least
-SETTLING = 2  # rollout steps beyond the staleness until what is carried is as in the middle of a run; where nothing is carried, none
+SETTLING = 2  # rollout steps beyond the staleness until what is carried is as in the middle of a run; where nothing is carried, one until
+# the queue has a mixed share of its own to reckon with
 
 
 @dataclass
@@ -44,9 +45,10 @@ def sample(config: Config, hf: dict, cluster: Cluster, kv_tokens: int) -> Sample
     """
     staleness = config.rollout.max_staleness
     run = _Run(config, Engine.of(config, hf, cluster, kv_tokens), cluster.engines)
-    for step in range(SETTLING + staleness if staleness else 0):
+    before = SETTLING + staleness if staleness else int(config.rollout.dynamic_sampling)
+    for step in range(before):
         run.step(step)
-    return run.step(SETTLING + staleness if staleness else 0)
+    return run.step(before)
 
 
 @dataclass
