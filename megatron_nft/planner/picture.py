@@ -15,6 +15,7 @@ from megatron_nft.files import write_whole
 from megatron_nft.planner import tables
 from megatron_nft.planner.plan import GIB, Plan
 
+SEEN = 0.002  # of a step: what takes less is no bar of its own
 Bars = dict[str, dict[str, float]]  # bar: part: height
 
 
@@ -75,20 +76,24 @@ def _draw_memory(axes: Axes, plan: Plan) -> None:
     axes.annotate(
         text, (1, plan.memory.limit / GIB), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=charts.RED, fontsize=8
     )
+    axes.set_ylim(0, max(axes.get_ylim()[1], 1.1 * plan.memory.limit / GIB))
     axes.set_title("GiB of the fullest GPU, by phase", fontsize=10)
 
 
 def _draw_time(axes: Axes, plan: Plan) -> None:
     """A bar for each phase that takes a noticeable time."""
     spent = plan.times
-    bars = {phase: dict(spent.parts.get(phase) or {phase: seconds}) for phase, seconds in spent.phases.items() if seconds > 0}
+    bars = {
+        phase: dict(spent.parts.get(phase) or {phase: seconds}) for phase, seconds in spent.phases.items() if seconds > SEEN * spent.step
+    }
     _stacked(axes, bars)
     axes.set_title(f"seconds of a rollout step, {spent.step:.0f} in all", fontsize=10)
 
 
 def _stacked(axes: Axes, bars: Bars) -> None:
     """One bar beside the other; a part has one colour in all of them."""
-    parts = list(dict.fromkeys(part for own in bars.values() for part, value in own.items() if value > 0))
+    highest = {part: max(own.get(part, 0.0) for own in bars.values()) for own in bars.values() for part in own}
+    parts = sorted((part for part, height in highest.items() if height > 0), key=lambda part: -highest[part])  # the plain colours first
     names, floor = list(bars), [0.0] * len(bars)
     for number, part in enumerate(parts):
         heights = [max(bars[name].get(part, 0.0), 0.0) for name in names]
@@ -97,9 +102,9 @@ def _stacked(axes: Axes, bars: Bars) -> None:
             range(len(names)), heights, bottom=floor, width=0.66, color=charts.PALETTE[number % len(charts.PALETTE)], label=part, **again
         )
         floor = [low + height for low, height in zip(floor, heights)]
-    axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names], fontsize=9)
     axes.tick_params(length=0)
     axes.grid(axis="x", visible=False)
     axes.set_ylim(0, 1.08 * max([*floor, axes.get_ylim()[1] / 1.08]) or 1)
     if parts:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, handlelength=1.0, fontsize=8, columnspacing=1.2)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=3, handlelength=1.0, fontsize=8, columnspacing=1.2)
