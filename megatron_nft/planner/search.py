@@ -8,7 +8,7 @@ not fit is left out before its times are reckoned.
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -17,7 +17,7 @@ from megatron_nft.config import Config, check
 from megatron_nft.errors import UserError
 from megatron_nft.planner import tables
 from megatron_nft.planner.cluster import Cluster
-from megatron_nft.planner.memory import memory
+from megatron_nft.planner.memory import Memory, memory
 from megatron_nft.planner.models import Model
 from megatron_nft.planner.plan import Plan, completed, gib, shortages
 from megatron_nft.weights.layouts import Sizes
@@ -25,7 +25,8 @@ from megatron_nft.weights.layouts import Sizes
 Changes = dict[str, object]  # dotted key of a setting: value
 
 MOST_CP, LARGEST_SHARE = 8, 0.85  # vLLM's share of the memory that is tried besides the config's own
-BEST_LAYOUTS = 8  # of the training side, for which the engines' side is tried
+MOST_OF_A_REPLICA = 32  # ranks that hold one copy of the model
+BEST_LAYOUTS = 5  # of the training side, for which the engines' side is tried
 OFFLOADS = ("gradients", "optimizer", "all")
 TRAIN_PHASES = ("old_logprobs", "train")
 
@@ -84,29 +85,48 @@ def mend(given: Plan, progress: bool = False) -> str:
 def _training_side(given: Plan, progress: bool) -> list[tuple[float, Changes]]:
     """(seconds, changes) of the best of each TP x PP x CP, fastest first."""
     best: dict[tuple, tuple[float, Changes]] = {}
-    candidates = list(_training_changes(given))
-    for changes in tqdm(candidates, desc="layouts", disable=not progress, leave=False):
-        # everything off the GPU while the engines run: whether those have room is asked later, for the few that are left
-        one = _tried(given, changes | {"train.offload": "all"}, phases=TRAIN_PHASES)
-        if one is None:
-            continue
-        seconds = sum(one.times.phases.get(phase, 0.0) for phase in TRAIN_PHASES)
-        shape = one.layout.tp, one.layout.pp, one.layout.cp
-        if shape not in best or seconds < best[shape][0]:
-            best[shape] = seconds, changes
+    for shape in tqdm(list(_shapes(given)), desc="layouts", disable=not progress, leave=False):
+        for seconds, changes in _of_shape(given, *shape):
+            if shape[:3] not in best or seconds < best[shape[:3]][0]:
+                best[shape[:3]] = seconds, changes
     return sorted(best.values(), key=lambda item: item[0])
 
 
-def _training_changes(given: Plan) -> Iterator[Changes]:
-    """All of them that the sizes of the model and of the cluster allow."""
-    sizes, trainers = Sizes.of(given.hf), given.cluster.trainers
+def _shapes(given: Plan) -> Iterator[tuple[int, int, int, int | None]]:
+    """TP, PP, CP and VPP that the sizes of the model and of the cluster allow."""
+    sizes, trainers, own = Sizes.of(given.hf), given.cluster.trainers, given.layout
     for tp, pp, cp in itertools.product(_tensor_sizes(sizes, given.cluster), _divisors(sizes.layers), _powers(MOST_CP)):
-        if trainers % (tp * pp * cp) or given.layout.ep > 1 and trainers % (given.layout.ep * given.layout.etp * pp):
+        if trainers % (tp * pp * cp) or tp * pp * cp > MOST_OF_A_REPLICA or own.ep > 1 and trainers % (own.ep * own.etp * pp):
             continue
-        for vpp, tokens, recompute in itertools.product(
-            _virtual_sizes(sizes.layers, pp), _token_counts(given.config, tp, cp), (None, "selective", "full")
-        ):
-            yield _training_change(given.config, tp, pp, cp, vpp, tokens, recompute)
+        yield from ((tp, pp, cp, vpp) for vpp in _virtual_sizes(sizes.layers, pp))
+
+
+def _of_shape(given: Plan, tp: int, pp: int, cp: int, vpp: int | None) -> Iterator[tuple[float, Changes]]:
+    """(seconds of training, changes) of the shortest and the longest micro-batch that fit; with recompute only where without it the longest
+    does not. Everything is off the GPU while the engines run: whether those have room is asked later, for the few that are left."""
+    counts = _token_counts(given.config, tp, cp)
+    for recompute in (None, "selective", "full"):
+        tried = [_training_change(given.config, tp, pp, cp, vpp, tokens, recompute) for tokens in counts]
+        try:
+            held = _memory(given, tried[0])
+            fitting = [changes for tokens, changes in zip(counts, tried) if tokens <= held.largest_micro_batch]
+            for changes in fitting[:1] + fitting[1:][-1:]:
+                yield _training_seconds(given, changes, held), changes
+        except UserError:
+            return
+        if len(fitting) == len(counts):
+            return
+
+
+def _memory(given: Plan, changes: Changes) -> Memory:
+    config = changed(given.config, changes | {"train.offload": "all"})
+    return memory(config, given.hf, Cluster.of(config))
+
+
+def _training_seconds(given: Plan, changes: Changes, held: Memory) -> float:
+    config = changed(given.config, changes | {"train.offload": "all"})
+    one = completed(config, Model(given.hf, given.model), Cluster.of(config), held)
+    return sum(one.times.phases.get(phase, 0.0) for phase in TRAIN_PHASES)
 
 
 def _training_change(config: Config, tp: int, pp: int, cp: int, vpp: int | None, tokens: int, recompute: str | None) -> Changes:
@@ -201,15 +221,13 @@ def _single_changes(given: Plan) -> Iterator[Changes]:
 # ---- both
 
 
-def _tried(given: Plan, changes: Changes, phases: Iterable[str] = ()) -> Plan | None:
-    """The plan with the changes; None where they do not go together, do not suit the model, or (in these phases alone, where some are
-    named) do not fit."""
+def _tried(given: Plan, changes: Changes) -> Plan | None:
+    """The plan with the changes; None where they do not go together, do not suit the model or do not fit."""
     try:
         config = changed(given.config, changes)
         cluster = Cluster.of(config)
         held = memory(config, given.hf, cluster)
-        over = any(sum(held.phases[phase].values()) > held.limit for phase in phases if phase in held.phases)
-        if over if phases else shortages(config, held):
+        if shortages(config, held):
             return None
         return completed(config, Model(given.hf, given.model), cluster, held)
     except UserError:

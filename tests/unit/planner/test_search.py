@@ -58,13 +58,12 @@ def test_overrides_give_the_plan_that_was_found(small, file):
 
 def test_only_layouts_that_suit_model_and_cluster(planned):
     given = planned()
-    for changes in search._training_changes(given):
-        tp, pp, cp, vpp = (changes[f"parallel.{name}_parallel_size"] for name in
-                           ("tensor_model", "pipeline_model", "context", "virtual_pipeline_model"))  # fmt: skip
-        tokens = changes["train.tokens_per_micro_batch"]
+    for tp, pp, cp, vpp in search._shapes(given):
         assert 8 % tp == 0 and 40 % tp == 0 and 64 % (pp * (vpp or 1)) == 0 and 128 % (tp * pp * cp) == 0
-        assert changes["parallel.sequence_parallel"] == (tp > 1)
-        assert tokens >= 16384 and tokens % (tp * cp) == 0 and tokens % (2 * cp) == 0
+        for tokens in search._token_counts(given.config, tp, cp):
+            changes = search._training_change(given.config, tp, pp, cp, vpp, tokens, None)
+            assert changes["parallel.sequence_parallel"] == (tp > 1)
+            assert tokens >= 16384 and tokens % (tp * cp) == 0 and tokens % (2 * cp) == 0
 
 
 def test_says_why(small):
