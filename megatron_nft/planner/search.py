@@ -26,7 +26,7 @@ Changes = dict[str, object]  # dotted key of a setting: value
 
 MOST_CP, LARGEST_SHARE = 8, 0.85  # vLLM's share of the memory that is tried besides the config's own
 MOST_OF_A_REPLICA = 32  # ranks that hold one copy of the model
-BEST_LAYOUTS = 5  # of the training side, for which the engines' side is tried
+BEST_LAYOUTS = 4  # of the training side, for which the engines' side is tried
 OFFLOADS = ("gradients", "optimizer", "all")
 TRAIN_PHASES = ("old_logprobs", "train")
 
@@ -281,7 +281,7 @@ def _row(name: str, one: Plan) -> list[str]:
     return [
         f"{name}: {tables.layout_name(one)}", f"TP{rollout.tensor_parallel_size}, {rollout.gpu_memory_utilization:g}",
         f"{train.tokens_per_micro_batch:,}", train.recompute_granularity or "none", train.offload or "gradients",
-        f"{gib(peak)}{'' if one.fits else ' NO'}", f"{tables.lost(one, 'bubble'):.1f}", f"{tables.lost(one, 'exposed communication'):.1f}",
+        f"{gib(peak)}{'' if one.fits else ' NO'}", f"{tables.lost(one, 'bubble'):.1f}", f"{tables.lost(one, 'exposed'):.1f}",
         f"{phases.get('generate', 0):.1f}", f"{phases.get('train', 0):.1f}", f"{one.times.step:.1f}",
     ]  # fmt: skip
 
