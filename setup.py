@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_nft", "megatron_nft.*"]),
-    package_data={"megatron_nft": ["*.jinja", "config/presets/*.yaml"]},
+    package_data={"megatron_nft": ["*.jinja", "config/presets/*.yaml", "planner/*.jinja", "planner/models/*.json"]},
     install_requires=[
         "torch>=2.11",
         "megatron-core>=0.16.1,<0.20",

@@ -125,7 +125,11 @@ def svg(chart: Chart, rows: list[dict]) -> str:
         _draw(figure.subplots(), chart, rows)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")), transparent=True)
-    text = buffer.getvalue()
+    return embedded(buffer.getvalue())
+
+
+def embedded(text: str) -> str:
+    """What matplotlib wrote, as an <svg> element that may stand in a page beside others."""
     text = text[text.index("<svg") :]  # without the XML header, which names a DTD on the network
     text = re.sub(r'<g id="[^"]+_\d+"', "<g", text)  # figure_1, axes_1 ...: an id may stand once in a page
     return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', text, count=1)

@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
         ("serve", _serve, "one vLLM server for training with rollout.mode=served"),
         ("preflight", _preflight, "what a run's nodes, files and network are like, before a model is loaded; on all ranks, as train"),
         ("contamination", _contamination, "problems of the benchmarks that are in the training data"),
+        ("plan", _plan, "what a training needs and how long it takes on config.plan's cluster, before it runs: an estimate"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", metavar="CONFIG.yaml")
@@ -73,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--trainers", type=int, metavar="N", help="ranks that will train, beside servers; default: all")
             text = "let a run that is resumed have other settings than it began with"
             command.add_argument("--changed", action="store_true", help=text)
+        if name == "plan":
+            _plan_arguments(command)
         if name == "contamination":
             command.add_argument("--words", type=int, default=13, metavar="N", help="a run of so many words in common touches a problem")
             text = "for --ids: the least share of a problem's runs that a training question has"
@@ -107,6 +110,16 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _plan_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--search", action="store_true", help="layouts that do better, with the reasons")
+    command.add_argument("--top", type=int, default=5, metavar="N", help="of --search: how many")
+    text = "overrides of another candidate, to be put beside; may be given several times"
+    command.add_argument("--with", dest="others", action="append", default=[], metavar="'key=value ...'", help=text)
+    command.add_argument("--rehearse", action="store_true", help="drive the control path of a step with all ranks, without weights")
+    command.add_argument("--json", action="store_true", help="all numbers as JSON; bytes and seconds")
+    command.add_argument("--output", type=Path, metavar="DIR", help="write plan.json, plan.png and plan.html there")
+
+
 def _train(arguments: argparse.Namespace) -> None:
     settings, sources = config.load_with_sources(arguments.config, arguments.overrides)
     if arguments.dry_run:
@@ -114,6 +127,9 @@ def _train(arguments: argparse.Namespace) -> None:
         from megatron_nft import trainer
 
         trainer.dry_run(settings)
+        from megatron_nft.planner import command as planner
+
+        print(planner.short(settings), flush=True)
         return
     with StopRequest(settings.checkpoint.grace_time) as stop, _watchdog(settings):  # before the slow imports: no signal is missed
         from megatron_nft import trainer
@@ -175,6 +191,23 @@ def _preflight(arguments: argparse.Namespace) -> None:
     from megatron_nft.preflight import preflight
 
     preflight(arguments.config, arguments.overrides, arguments.gpus_per_node, arguments.trainers, arguments.changed)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from megatron_nft.planner.command import Asked, run
+
+    path, overrides = arguments.config, arguments.overrides
+    others = {given: config.load(path, [*overrides, *given.split()]) for given in arguments.others}
+    asked = Asked(others, arguments.top if arguments.search else 0, arguments.json, arguments.output)
+    settings = config.load(path, overrides)
+    run(settings, asked, rehearse=_rehearsal if arguments.rehearse else None)
+
+
+def _rehearsal(plan):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing of it is on a GPU
+    from megatron_nft.rehearsal import rehearse
+
+    return rehearse(plan)
 
 
 def _contamination(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,23 @@
-"""Files that are written complete or not at all: under a temporary name, then renamed."""
+"""Files that are written complete or not at all: under a temporary name, then renamed. And JSON that a user gave, read."""
 
+import json
 import os
 from pathlib import Path
+
+from megatron_nft.errors import UserError
+
+AGAIN = "download or copy the model again"
+
+
+def read_json(file: Path, mend: str = AGAIN) -> dict:
+    """A JSON object. Raises UserError for anything else in the file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no JSON ({error})", mend) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is no JSON object", mend)
+    return content
 
 
 def write_whole(path: Path, text: str) -> Path:

@@ -10,8 +10,7 @@ from typing import Self
 
 from megatron_nft import batching, objectives, policy, prompts, rollout, saves, watchdog
 from megatron_nft.balance import Balance
-from megatron_nft.config import Config, max_model_len, save
-from megatron_nft.errors import UserError
+from megatron_nft.config import Config, check_budget, max_model_len, save
 from megatron_nft.evaluation import evaluate
 from megatron_nft.logbook import Logbook, check_writable, held, remove_later
 from megatron_nft.policy import checkpoint, exchange
@@ -82,12 +81,7 @@ class Given:
 
 def check_together(config: Config) -> None:
     """Raise UserError for settings that are right each by itself and wrong together or on this machine."""
-    longest, budget = config.data.max_prompt_length + config.rollout.max_tokens, config.train.tokens_per_micro_batch
-    if longest > budget:
-        raise UserError(
-            f"train.tokens_per_micro_batch ({budget}) is less than data.max_prompt_length + rollout.max_tokens ({longest})",
-            "raise it, or lower one of them",
-        )
+    check_budget(config)
     rollout.check(config, policy.world_size())
     policy.check_ranks(config)
     check_writable(config.run_dir)

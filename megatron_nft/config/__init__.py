@@ -2,7 +2,7 @@
 and key=value overrides become that tree (loading), and what is refused (checks)."""
 
 from megatron_nft.config.benchmarks import BENCHMARKS, DATA_SUFFIXES, Benchmark
-from megatron_nft.config.checks import check
+from megatron_nft.config.checks import check, check_budget
 from megatron_nft.config.keeping import best_kept
 from megatron_nft.config.loading import describe, known_keys, load, load_with_sources, preset_names, save
 from megatron_nft.config.objective import POLICY_GRADIENT
@@ -53,6 +53,7 @@ __all__ = [
     "TrainConfig",
     "best_kept",
     "check",
+    "check_budget",
     "dataset_name",
     "describe",
     "known_keys",

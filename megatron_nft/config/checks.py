@@ -38,6 +38,16 @@ def check(config: Config) -> None:
     _check_pairs(config)
 
 
+def check_budget(config: Config) -> None:
+    """Raise UserError where a micro-batch does not hold the longest prompt with its answer. Only training asks for that."""
+    longest, budget = config.data.max_prompt_length + config.rollout.max_tokens, config.train.tokens_per_micro_batch
+    if longest > budget:
+        raise UserError(
+            f"train.tokens_per_micro_batch ({budget}) is less than data.max_prompt_length + rollout.max_tokens ({longest})",
+            "raise it, or lower one of them",
+        )
+
+
 def _check_dataset(dataset: DatasetConfig, key: str) -> None:
     if not dataset.path:
         raise UserError(f"{key}.path has no value", f"add it, or name a benchmark, or pass {key}.path=...")

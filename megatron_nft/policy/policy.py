@@ -1,8 +1,6 @@
 """The model that is trained: log-probs, updates, weights out, save and load. Everything here runs on every rank."""
 
 import dataclasses
-import math
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, groupby
@@ -11,15 +9,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_nft import flops, watchdog
+from megatron_nft import watchdog
 from megatron_nft.batching import Layout, Plan, TrainingAnswer, join, pack, split
 from megatron_nft.config import Config, ObjectiveConfig
 from megatron_nft.errors import UserError
 from megatron_nft.objectives import MEASURED
-from megatron_nft.policy import checkpoint, context, exchange, losses, model, optimizer, versions
+from megatron_nft.policy import checkpoint, context, exchange, losses, micro_batches, model, optimizer, versions
 from megatron_nft.policy.busy import Busy
 from megatron_nft.policy.logprobs import Head
 from megatron_nft.policy.losses import Objective
+from megatron_nft.policy.names import is_tied_copy, numbered
 from megatron_nft.policy.offload import LEVELS, Offload
 from megatron_nft.policy.topology import Topology, device
 from megatron_nft.policy.watch import Watch
@@ -35,11 +34,7 @@ from megatron_nft.weights import (
     save_huggingface,
     stream,
     table_for,
-    with_expert,
 )
-
-# Lengths of micro-batches are multiples of this: what kernels like, and few enough of them that the allocator finds its blocks again.
-LENGTH_MULTIPLE = 128
 
 
 class Policy:
@@ -77,17 +72,7 @@ class Policy:
 
     def layout(self, prompts_per_update: int) -> Layout:
         """How mini-batches of so many groups are laid out for this model on these ranks."""
-        side = versions.fp8_side(self.config.model.fp8_recipe) if self.config.model.fp8 else 1  # of a rank's part of a micro-batch
-        cut = self.topology.context_size * (self.topology.tensor_size if self.config.parallel.sequence_parallel else 1)
-        return Layout(
-            data_parallel_size=self.topology.data_size,
-            tokens_per_micro_batch=self.config.train.tokens_per_micro_batch,
-            prompts_per_update=prompts_per_update,
-            attention_cost=flops.attention_cost(self.hf),
-            length_multiple=math.lcm(LENGTH_MULTIPLE, self.topology.sequence_multiple, side * cut),
-            count_multiple=self.topology.micro_batch_multiple,
-            sequence_multiple=self.topology.sequence_multiple,
-        )
+        return micro_batches.layout(self.config, self.hf, self.topology, prompts_per_update)
 
     def receive(self, groups: list[Group], numbers: list[int], plan: Plan) -> list[list[Batch]]:
         """Exchange answers between ranks as the plan says; returns this rank's micro-batches of every mini-batch."""
@@ -317,7 +302,7 @@ class Policy:
     def _fill(self, source: HuggingFaceWeights | TorchDistWeights) -> None:
         for name, parameter in self._all_parameters():
             watchdog.beat()
-            wanted = "embedding.word_embeddings.weight" if self._is_tied_copy(name) else name
+            wanted = "embedding.word_embeddings.weight" if is_tied_copy(name, self.module) else name
             local = self.table.to_megatron(wanted, source.get, *self.topology.slice_of(expert_number(name) is not None))
             if local.shape != parameter.shape:
                 raise UserError(
@@ -328,21 +313,10 @@ class Policy:
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters of this stage under their Megatron names, with global layer and expert numbers; a tied head is the embedding's."""
-        return ((name, parameter) for name, parameter in self._all_parameters() if not self._is_tied_copy(name))
+        return ((name, parameter) for name, parameter in self._all_parameters() if not is_tied_copy(name, self.module))
 
     def _all_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        first_expert = self.topology.expert_rank * self.table.sizes.experts // self.topology.expert_size
-        for module in self.modules:
-            offset = module.decoder.layers[0].layer_number - 1 if len(module.decoder.layers) else 0
-            for name, parameter in module.named_parameters():
-                name = re.sub(r"^decoder\.layers\.(\d+)\.", lambda m, by=offset: f"decoder.layers.{int(m[1]) + by}.", name)
-                if (expert := expert_number(name)) is not None:
-                    name = with_expert(name, first_expert + expert)
-                yield name, parameter
-
-    def _is_tied_copy(self, name: str) -> bool:
-        """The last pipeline stage's own copy of a tied embedding."""
-        return name == "output_layer.weight" and self.module.share_embeddings_and_output_weights
+        return numbered(self.modules, self.topology.expert_rank * self.table.sizes.experts // self.topology.expert_size)
 
     # ---- checkpoints
 

@@ -82,9 +82,24 @@ def initialize(parallel: ParallelConfig, seed: int) -> Topology:
     """
     check_ranks(parallel, world_size())
     start_distributed()
+    make_groups(parallel)
+    from megatron.core import tensor_parallel
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    data_rank = torch.tensor([_data_rank()], device=device())
+    everyone = [torch.zeros_like(data_rank) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, data_rank)
+    return place(parallel, tuple(int(r) for r in everyone))
+
+
+def make_groups(parallel: ParallelConfig, **more) -> None:
+    """Megatron-Core's groups over torch.distributed's world; more: further arguments of initialize_model_parallel."""
     versions.quiet()
     cpu.adapt()
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -93,20 +108,20 @@ def initialize(parallel: ParallelConfig, seed: int) -> Topology:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_size(parallel),
+        **more,
     )
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return _place(parallel)
 
 
-def _place(parallel: ParallelConfig) -> Topology:
+def _data_rank() -> int:
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_rank()
+
+
+def place(parallel: ParallelConfig, replica_of_rank: tuple[int, ...]) -> Topology:
+    """This rank's place, as Megatron's groups have it."""
     from megatron.core import parallel_state as groups
 
-    data_rank = torch.tensor([groups.get_data_parallel_rank()], device=device())
-    everyone = [torch.zeros_like(data_rank) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, data_rank)
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -114,9 +129,9 @@ def _place(parallel: ParallelConfig) -> Topology:
         tensor_size=parallel.tensor_model_parallel_size,
         pipeline_rank=groups.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel.pipeline_model_parallel_size,
-        data_rank=groups.get_data_parallel_rank(),
+        data_rank=_data_rank(),
         data_size=groups.get_data_parallel_world_size(),
-        replica_of_rank=tuple(int(r) for r in everyone),
+        replica_of_rank=replica_of_rank,
         virtual_size=virtual_size(parallel) or 1,
         context_rank=groups.get_context_parallel_rank(),
         context_size=parallel.context_parallel_size,

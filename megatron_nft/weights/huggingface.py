@@ -1,14 +1,14 @@
 """Hugging Face directories: a lazy reader that checks what it finds."""
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_nft.errors import UserError
+from megatron_nft.files import AGAIN, read_json
 from megatron_nft.weights.families import table_for
-from megatron_nft.weights.safetensors_files import AGAIN, DTYPES, Stored, read_header, supported
+from megatron_nft.weights.safetensors_files import DTYPES, Stored, read_header, supported
 from megatron_nft.weights.table import EMBEDDING, HEAD, Table
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -121,17 +121,6 @@ def _open_files(directory: Path, table: Table) -> dict[str, Stored]:
         if hidden := [name for name in found if name not in weight_map and not _harmless(name, table)]:
             raise UserError(f"{directory / file} holds {hidden[0]}, which {INDEX} does not name", AGAIN)
     return {name: held[file][name] for name, file in weight_map.items()}
-
-
-def read_json(file: Path, mend: str = AGAIN) -> dict:
-    """A JSON object. Raises UserError for anything else in the file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no JSON ({error})", mend) from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is no JSON object", mend)
-    return content
 
 
 def _harmless(name: str, table: Table) -> bool:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_nft.errors import UserError
+from megatron_nft.files import AGAIN
 
-AGAIN = "download or copy the model again"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # safetensors' names
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SIZES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}

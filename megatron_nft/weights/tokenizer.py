@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from megatron_nft.errors import UserError
-from megatron_nft.weights.huggingface import read_json
-from megatron_nft.weights.safetensors_files import AGAIN
+from megatron_nft.files import AGAIN, read_json
 
 FAST, VOCABULARY, ADDED = "tokenizer.json", "vocab.json", "added_tokens.json"
 
