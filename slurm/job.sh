@@ -6,8 +6,11 @@
 #   PREFLIGHT        more flags of preflight, e.g. --changed
 # What else is in the submitting shell (NCCL_SOCKET_IFNAME, NCCL_IB_HCA, GLOO_SOCKET_IFNAME of your network) reaches the ranks, too.
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+
+# How many starts in a row have ended without a new checkpoint, and which the newest was then. A new submission begins to count anew.
 MAX_FAILURES=${MAX_FAILURES:-3} failures=$RUN_DIR/failures
-if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then rm -f "$failures"; fi  # a new submission, which starts with a clean slate
+newest() { find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null | sort -V | tail -n 1 || true; }
+if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then mkdir -p "$RUN_DIR" && echo "0 $(newest)" >"$failures"; fi
 
 # Where the ranks meet: the first node, at a port below those that a kernel hands out, and another one for each job.
 export MASTER_ADDR=${hosts[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
@@ -70,22 +73,22 @@ trap stop USR1 TERM  # srun hands USR1 to every rank: the run saves, and ends wi
 # The end of a start. A run that was stopped (75) or failed goes back into the queue and resumes from its newest checkpoint; not after a mistake
 # of the user's (2), which the next start would find again, nor when MAX_FAILURES starts in a row have saved nothing new.
 finish() {
-  local count=0 before='' newest
+  local count=0 before='' last
   local everywhere=(srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
   "${everywhere[@]}" rm -rf "$cache" || true
   if [ -n "${CONTAINER_IMAGE:-}" ]; then "${everywhere[@]}" enroot remove -f "pyxis_nft-$SLURM_JOB_ID" 2>/dev/null || true; fi
   if [ "$code" = 0 ]; then rm -f "$failures" && exit 0; fi
   if [ "$code" = 2 ]; then echo "not started again: mend what is said above, then submit anew" && exit 2; fi
   if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then exit "$code"; fi  # cancelled or preempted
-  newest=$(find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null | sort -V | tail -n 1) || true
+  last=$(newest)
   if [ -f "$failures" ]; then read -r count before <"$failures"; fi
-  if [ "$newest" != "$before" ]; then count=0; fi
-  mkdir -p "$RUN_DIR" && echo "$((count + 1)) $newest" >"$failures"
-  if [ $((count + 1)) -ge "$MAX_FAILURES" ]; then
-    echo "stopped: $MAX_FAILURES starts in a row saved nothing new, the last one ended with $code; submit anew when that is mended"
+  if [ "$last" = "$before" ]; then count=$((count + 1)); else count=0; fi
+  echo "$count $last" >"$failures"
+  if [ "$count" -ge "$MAX_FAILURES" ]; then
+    echo "stopped: $count starts in a row saved nothing new, the last one ended with $code; submit anew when that is mended"
     exit "$code"
   fi
-  echo "ended with $code: back into the queue, to go on from ${newest:-the beginning}"
+  echo "ended with $code: back into the queue, to go on from ${last:-the beginning}"
   scontrol requeue "$SLURM_JOB_ID"
   exit "$code"
 }
