@@ -36,7 +36,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in preset_names() if not name.startswith("evaluation-")])
+@pytest.mark.parametrize("name", [name for name in preset_names() if not name.startswith(("evaluation-", "fp8-"))])
 def test_a_preset_is_the_published_run(file, name):
     config = load(file(f"preset: {name}\n"))
     rollout, settings = config.rollout, config.objective
@@ -56,6 +56,16 @@ def test_the_authors_settings_in_full(file):
     assert optimizer.lr_warmup_iters == 160 and config.train.steps == 320
     assert (config.evaluation.k, config.evaluation.temperature, config.evaluation.top_p) == (32, 0.6, 0.7)
     assert (config.rollout.temperature, config.rollout.top_p, config.rollout.order) == (1.0, 1.0, "prompt")
+
+
+def test_sampling_in_fp8_goes_over_a_run_and_changes_nothing_else(file):
+    for name in ("nft-32b", "rft-32b", "dapo-32b", "grpo-32b"):
+        plain, fp8 = (load(file(f"preset: {presets}\n")) for presets in (name, f"[{name}, fp8-rollout]"))
+        assert (fp8.rollout.quantization, fp8.rollout.kv_cache_dtype, fp8.objective.correction.method) == ("fp8", "fp8", "truncate")
+        fp8.rollout.quantization, fp8.rollout.kv_cache_dtype = plain.rollout.quantization, plain.rollout.kv_cache_dtype
+        fp8.rollout.max_num_seqs, fp8.objective.correction = plain.rollout.max_num_seqs, plain.objective.correction
+        fp8.preset = plain.preset
+        assert fp8 == plain
 
 
 @pytest.mark.parametrize(("name", "temperature", "tokens"), [("evaluation-7b", 1.0, 3584), ("evaluation-32b", 0.6, 14336)])
