@@ -19,15 +19,17 @@ HF = {
     "model_type": "qwen2", "num_hidden_layers": 64, "hidden_size": 5120, "intermediate_size": 27648, "num_attention_heads": 40,
     "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False, "max_position_embeddings": 131072,
 }  # fmt: skip
-COMMON = ["plan.nodes=16", "parallel.overlap_param_gather=true", "evaluation.interval=20"]
-FULL, ROOMY = ["train.recompute_granularity=full"], ["rollout.gpu_memory_utilization=0.85", "train.offload=optimizer"]
+COMMON = ["plan.nodes=16", "evaluation.interval=20"]
 TP4_CP2_PP2 = [
     "parallel.tensor_model_parallel_size=4", "parallel.pipeline_model_parallel_size=2", "parallel.context_parallel_size=2",
     "parallel.virtual_pipeline_model_parallel_size=2",
 ]  # fmt: skip
-TP4_PP4 = ["parallel.tensor_model_parallel_size=4", "parallel.pipeline_model_parallel_size=4"]
+# without recomputation the activations of four micro-batches do not fit
+TP4_PP4 = ["parallel.tensor_model_parallel_size=4", "parallel.pipeline_model_parallel_size=4", "train.recompute_granularity=full"]
+PLAIN = ["rollout.gpu_memory_utilization=0.6", "train.offload=gradients", "parallel.overlap_param_gather=false"]
 AHEAD = ["rollout.order=started", "rollout.max_staleness=1", "objective.correction.method=truncate"]
-WEIGHTS, BOTH = ["rollout.quantization=fp8"], ["rollout.quantization=fp8", "rollout.kv_cache_dtype=fp8"]
+WEIGHTS = ["rollout.quantization=fp8", "objective.correction.method=truncate"]
+BOTH = ["preset=[evaluation-32b,nft-32b,fp8-rollout]"]
 
 
 def engine(tensor: int, slots: int) -> list[str]:
@@ -37,25 +39,26 @@ def engine(tensor: int, slots: int) -> list[str]:
 
 def servers(count: int) -> list[str]:
     """Servers of four GPUs each."""
-    return ["rollout.mode=served", f"rollout.served.count={count}", "rollout.gpu_memory_utilization=0.9"]
+    return ["rollout.mode=served", f"rollout.served.count={count}", "rollout.gpu_memory_utilization=0.9", *AHEAD]
 
 
 CANDIDATES = {
-    "plain: TP8 DP16, vLLM TP4, synchronous": [*FULL, *engine(4, 128)],
-    "TP4 CP2 PP2 VPP2 DP8, vLLM TP4, synchronous": [*TP4_CP2_PP2, *ROOMY, *engine(4, 208)],
-    "the same, FP8 engine": [*TP4_CP2_PP2, *ROOMY, *engine(4, 400), *BOTH],
-    "TP8 DP16, vLLM TP4, an update ahead": [*FULL, *ROOMY, *engine(4, 208), *AHEAD],
-    "TP4 PP4 DP8, vLLM TP4, an update ahead": [*TP4_PP4, *FULL, *ROOMY, *engine(4, 208), *AHEAD],
-    "TP4 CP2 PP2 VPP2 DP8, vLLM TP4, an update ahead": [*TP4_CP2_PP2, *ROOMY, *engine(4, 208), *AHEAD],
-    "the same, vLLM TP2": [*TP4_CP2_PP2, *ROOMY, *engine(2, 64), *AHEAD],
-    "the same, vLLM TP4, FP8 weights": [*TP4_CP2_PP2, *ROOMY, *engine(4, 256), *AHEAD, *WEIGHTS],
-    "the same, vLLM TP4, FP8 weights and cache": [*TP4_CP2_PP2, *ROOMY, *engine(4, 400), *AHEAD, *BOTH],
-    "the same, vLLM TP2, FP8 weights and cache": [*TP4_CP2_PP2, *ROOMY, *engine(2, 160), *AHEAD, *BOTH],
-    "vLLM TP4, FP8, groups of 8 alike given up": [*TP4_CP2_PP2, *ROOMY, *engine(4, 400), *AHEAD, *BOTH, "rollout.hopeless_after=8"],
-    "16 servers TP4, 64 train, BF16": [*TP4_CP2_PP2, *servers(16), *engine(4, 208), *AHEAD],
-    "16 servers TP4, 64 train, FP8 engines": [*TP4_CP2_PP2, *servers(16), *engine(4, 400), *AHEAD, *BOTH],
-    "20 servers TP4, 48 train, BF16": [*TP4_CP2_PP2, *servers(20), *engine(4, 208), *AHEAD],
-    "20 servers TP4, 48 train, FP8 engines": [*TP4_CP2_PP2, *servers(20), *engine(4, 400), *AHEAD, *BOTH],
+    "plain: TP8 DP16, vLLM TP4, share 0.6": [*PLAIN, *engine(4, 128)],
+    "TP8 DP16, vLLM TP4 (preset nft-32b)": [],
+    "TP4 CP2 PP2 VPP2 DP8, vLLM TP4": TP4_CP2_PP2,
+    "TP4 PP4 DP8, vLLM TP4": TP4_PP4,
+    "TP8 DP16, vLLM TP2": engine(2, 64),
+    "TP8 DP16, vLLM TP4, FP8 weights": [*WEIGHTS, *engine(4, 240)],
+    "TP8 DP16, vLLM TP4, FP8 (examples/qwen2.5_32b/nft.yaml)": BOTH,
+    "the same, share 0.85": [*BOTH, "rollout.gpu_memory_utilization=0.85", *engine(4, 416)],
+    "the same, vLLM TP2": [*BOTH, *engine(2, 144)],
+    "TP4 CP2 PP2 VPP2 DP8, vLLM TP4, FP8": [*BOTH, *TP4_CP2_PP2],
+    "TP8 DP16, vLLM TP4, an update ahead": AHEAD,
+    "TP8 DP16, vLLM TP4, FP8, an update ahead": [*BOTH, *AHEAD],
+    "the same, groups of 8 alike given up": [*BOTH, *AHEAD, "rollout.hopeless_after=8"],
+    "16 servers TP4, 64 train": servers(16),
+    "16 servers TP4, FP8, 64 train (nft_served.yaml)": [*BOTH, *servers(16)],
+    "20 servers TP4, FP8, 48 train": [*BOTH, *servers(20)],
 }
 
 
@@ -63,7 +66,7 @@ def reckon(overrides: list[str]) -> tuple[Memory, Times]:
     """Memory and times of the preset with these settings."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "preset.yaml"
-        path.write_text("preset: [nft-32b, evaluation-32b]\nrun_dir: runs/plan\nmodel: {path: .}\n")
+        path.write_text("preset: [evaluation-32b, nft-32b]\nrun_dir: runs/plan\nmodel: {path: .}\n")
         config = load(path, [*COMMON, *overrides])
     cluster = Cluster.of(config)
     held = memory(config, HF, cluster)
