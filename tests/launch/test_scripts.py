@@ -77,7 +77,7 @@ def test_failures_in_a_row_end_the_job(cluster, job):
     number, log, starts = job("nft_tiny", ends="train=7", MAX_FAILURES=3, SAVES_AT=1)
     assert cluster.wait(number) == "FAILED", log.read_text()
     assert (cluster.show(number)["Restarts"], cluster.show(number)["ExitCode"]) == ("4", "7:0")
-    assert len(started(starts, "train")) == 5 * 4
+    assert {r["restart"] for r in started(starts, "train")} == set("01234")
     assert log.read_text().count("ended with 7: back into the queue, to go on from the beginning") == 1
     assert "stopped: 3 starts in a row saved nothing new, the last one ended with 7" in log.read_text()
 

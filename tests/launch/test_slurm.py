@@ -12,6 +12,7 @@ from tests.end_to_end.runs import assert_same_run, rows, saved_step, survivors
 
 SETTINGS = ["train.steps=4", "rollout.prompts_per_step=32", "evaluation.interval=4", "evaluation.k=2", "evaluation.sets.0.limit=128",
             "checkpoint.interval=0", "checkpoint.keep_best=0", "rollout.cpu_kvcache_space=1"]  # fmt: skip
+pytestmark = pytest.mark.timeout(1800)  # a job is two minutes on two quiet cores, and there are four starts
 NFT = f"{sys.executable} -m megatron_nft"
 
 
@@ -51,7 +52,6 @@ def step_begun(run_dir: Path, step: int) -> bool:
     return bool(rows(run_dir)) and rows(run_dir)[-1]["step"] >= step - 1
 
 
-@pytest.mark.timeout(1800)  # three starts
 def test_stopped_requeued_killed_and_submitted_anew_equals_undisturbed(cluster, whole, tmp_path):
     run_dir, log = tmp_path / "run", tmp_path / "log"
     job = submit(cluster, run_dir, log, MAX_FAILURES=1)
