@@ -200,7 +200,7 @@ def made_up_groups(prompts: int = 4, n: int = 4, seed: int = 0, vocab: int = VOC
     return groups
 
 
-def run_ranks(worker: Path, ranks: int, arguments: dict, tmp_path: Path, timeout: float = 550) -> None:
+def run_ranks(worker: Path, ranks: int, arguments: dict, tmp_path: Path, timeout: float = 1500) -> None:
     """Run a worker script on gloo ranks as torchrun would; its one argument is a JSON file. Fails with the ranks' output."""
     file = tmp_path / "arguments.json"
     file.write_text(json.dumps(arguments))

@@ -154,7 +154,7 @@ class Launches:
         cases = [self._arguments(name, case, precision) for name, case in wanted.items() for precision in case.precisions]
         file, output = self._directory / "config.yaml", self._directory / f"{ranks}.pt"
         file.write_text(CONFIG)
-        run_ranks(WORKER, ranks, {"config": str(file), "cases": cases, "output": str(output)}, self._directory, timeout=580)
+        run_ranks(WORKER, ranks, {"config": str(file), "cases": cases, "output": str(output)}, self._directory)
         found = torch.load(output)
         assert found.pop("megatron") == versions.version()  # ranks run the Megatron-Core that this process would
         return found

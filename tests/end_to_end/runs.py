@@ -50,7 +50,7 @@ def run(command: str, run_dir: Path, *overrides: str, log: Path, code: int = 0, 
     """Run to the end, which must be the exit code `code`; returns all that was printed to the log."""
     process = start(command, run_dir, *overrides, log=log, **more)
     try:
-        assert process.wait(timeout=500) == code, log.read_text()[-4000:]
+        assert process.wait(timeout=1500) == code, log.read_text()[-4000:]
     finally:
         end(process)
     return log.read_text()

@@ -9,7 +9,7 @@ from tests.support import ROOT
 
 def test_tiny(tmp_path):
     command = [sys.executable, "benchmarks/convert_memory.py", "--tiny", "--directory", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     peaks = [float(re.search(r"at most (.*) GB of memory resident", line)[1]) for line in lines[:2]]

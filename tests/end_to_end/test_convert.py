@@ -25,7 +25,7 @@ ONE_IS_ENOUGH = pytest.mark.parametrize("converted", ["llama untied"], indirect=
 
 def run(*command) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
 
 
 def convert_command(*arguments) -> str:

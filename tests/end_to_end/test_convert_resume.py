@@ -116,7 +116,7 @@ def child(code: str, *arguments, limit: int | None = None) -> subprocess.Complet
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])}
     restrict = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, preexec_fn=restrict)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500, preexec_fn=restrict)
 
 
 def test_goes_on_after_a_kill(pair, tmp_path, small_files):

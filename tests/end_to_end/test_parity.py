@@ -35,7 +35,7 @@ TINY = {
 def logprobs(cases: dict[str, dict], tmp_path: Path) -> dict[str, list[dict]]:
     """By name of the case: each answer's log-probs by program. One process for all models."""
     output = tmp_path / "logprobs.json"
-    run_ranks(WORKER, 1, {"cases": cases, "window": 256, "output": str(output)}, tmp_path, timeout=550)
+    run_ranks(WORKER, 1, {"cases": cases, "window": 256, "output": str(output)}, tmp_path, timeout=1500)
     return json.loads(output.read_text())
 
 

@@ -35,7 +35,7 @@ def train(run_dir: Path, ranks: int, *overrides: str) -> tuple[list[dict], dict[
     command = [sys.executable, *launcher, "-m", "megatron_nft", "train", "examples/arithmetic/nft.yaml", f"run_dir={run_dir}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *SETTINGS, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False
+        [*command, *SETTINGS, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -34,7 +34,7 @@ def kill(run_dir: Path, settings: list[str], moment: tuple[str, float, int], exp
     at = {"stage": phase, "step": step, "after": share * length, "signal": "SIGKILL"}
     process = runs.start("train", run_dir, *settings, log=log, at=at, ranks=ranks)
     try:
-        assert process.wait(timeout=500) == -signal.SIGKILL, log.read_text()[-4000:]
+        assert process.wait(timeout=1500) == -signal.SIGKILL, log.read_text()[-4000:]
     finally:
         runs.end(process)
     assert runs.survivors(run_dir) == []

@@ -29,7 +29,7 @@ def sft(material: Path, run_dir: Path, steps: int, *overrides: str) -> tuple[lis
     arguments = [f"run_dir={run_dir}", f"model.path={material / 'model'}", f"sft.data.0.path={material / 'worked.jsonl'}"]
     arguments += [f"sft.steps={steps}", "sft.sequences_per_update=32", "train.tokens_per_micro_batch=1024", "optimizer.lr_warmup_iters=3"]
     command = [sys.executable, "-m", "megatron_nft", "sft", str(ROOT / "examples/arithmetic/sft.yaml"), *arguments, *overrides]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stdout[-2000:] + done.stderr[-2000:]
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return rows, load_file(run_dir / "huggingface" / "model.safetensors")

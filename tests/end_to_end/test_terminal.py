@@ -30,7 +30,7 @@ def run_in_a_terminal(command: list[str]) -> str:
             break
         shown += piece
     os.close(main)
-    assert process.wait(timeout=60) == 0, shown.decode()
+    assert process.wait(timeout=600) == 0, shown.decode()
     return shown.decode()
 
 
