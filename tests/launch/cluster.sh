@@ -96,14 +96,20 @@ up() {
 
 down() {
   local file pids=() i
-  scancel --signal=KILL --full -u root 2>/dev/null || true
-  scancel -u root 2>/dev/null || true
+  scancel --full --signal=KILL --user=root 2>/dev/null || true # batch scripts, too, which would forward a milder one and save
+  scancel --user=root 2>/dev/null || true
+  for ((i = 0; i < 200; i++)); do # the daemons are needed for a job to end
+    if [ -n "$(squeue --noheader 2>/dev/null)" ]; then sleep 0.1; else break; fi
+  done
   for file in "$D"/slurmd.*.pid "$D/slurmctld.pid" "$D/munged.pid"; do
     if [ -f "$file" ]; then pids+=("$(cat "$file")"); fi
   done
   kill "${pids[@]}" 2>/dev/null || true
   for ((i = 0; i < 100; i++)); do
     if kill -0 "${pids[@]}" 2>/dev/null; then sleep 0.1; else break; fi
+  done
+  for i in $(pgrep -x slurmstepd); do # one that was late, and would report to a slurmd that is gone for ever
+    if grep -qzxF "SLURM_CONF=$SLURM_CONF" "/proc/$i/environ" 2>/dev/null; then pids+=("$i"); fi
   done
   kill -KILL "${pids[@]}" 2>/dev/null || true
   rm -rf "$D"
