@@ -75,7 +75,7 @@ class Sampler:
         self._engine.throughput.begin()
         self._verdicts.seconds, self._tokens, skipped, ticks, used = 0.0, 0, self._cursor.skipped, 0, 0
         while True:
-            if ticks % ASK_EVERY == 0 and self._engine.asked_to_stop():
+            if ticks // self._stride % ASK_EVERY == 0 and self._engine.asked_to_stop():
                 self._give_up()
             self._send()
             if self._queue.enough or not (any(self._busy) or any(self._pending)) and self._queue.exhausted:
