@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_nft.policy.topology import host
-from tests.support import ROOT
+from tests.end_to_end.test_engine import make_model
+from tests.support import ROOT, add_tokenizer, run_ranks
 
 SETTINGS = [
     "train.steps=1",
@@ -107,3 +108,9 @@ def compare_traces(folder: Path) -> None:
 
 def validation(row: dict) -> dict:
     return {key: value for key, value in row.items() if key.startswith("validation/")}
+
+
+def test_an_engine_goes_on_while_another_has_nothing_to_write(tmp_path):
+    model = make_model(tmp_path / "model", seed=0)
+    add_tokenizer(model)
+    run_ranks(Path(__file__).with_name("alone_worker.py"), 2, {"model": str(model)}, tmp_path, timeout=300)
