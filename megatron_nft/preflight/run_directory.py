@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,18 +40,26 @@ def check_shared(run_dir: Path) -> None:
 
     def write() -> None:
         if is_first:
-            made.extend(folder for folder in (run_dir, *run_dir.absolute().parents) if not folder.exists())
-            run_dir.mkdir(parents=True, exist_ok=True)
+            missing = [folder for folder in (run_dir, *run_dir.absolute().parents) if not folder.exists()]
+            for folder in reversed(missing):
+                folder.mkdir(exist_ok=True)
+                made.append(folder)
             file.write_text(token)
 
     try:
         together(write)
         together(lambda: _wait_for(file, token, run_dir))
     finally:
-        if is_first:
-            file.unlink(missing_ok=True)
-            for folder in made:
-                folder.rmdir()
+        _remove(file, made)
+
+
+def _remove(file: Path, made: list[Path]) -> None:
+    """What `made` has by then, the innermost last. What cannot be removed stays: it is no fault of the run's, and other ranks wait."""
+    with suppress(OSError):
+        file.unlink()
+    with suppress(OSError):
+        for folder in reversed(made):
+            folder.rmdir()
 
 
 def _wait_for(file: Path, token: str, run_dir: Path) -> None:
