@@ -16,7 +16,7 @@ from megatron_nft.config import Config
 from megatron_nft.config.engine import check_world
 from megatron_nft.errors import UserError
 from megatron_nft.policy import check, devices, topology
-from megatron_nft.preflight import nodes, run_directory
+from megatron_nft.preflight import nodes, planned, run_directory
 from megatron_nft.preflight.table import Found, table
 from megatron_nft.preflight.together import Place, gather, leads, meet, together
 from megatron_nft.sizes import check_ranks
@@ -67,7 +67,7 @@ def _look(path: str, overrides: list[str], asked: int, trainers: int | None, cha
     files = _check_files(settings, leader)
     run_directory.check_shared(Path(settings.run_dir))
     state = together(lambda: run_directory.check_same_run(settings, changed) if first else "")[ranks[0]]
-    fits = together(lambda: check_fits(settings) if first and asked else "")[ranks[0]]
+    fits = together(lambda: planned.check_fits(settings, gpus[here]) if first and asked else "")[ranks[0]]
     together(lambda: devices.check_gpu(int(os.environ.get("LOCAL_RANK", "0"))))
     exchange = together(lambda: devices.measure_all_reduce(EXCHANGE))[here]
     cpus, shared_memory = gather(nodes.cpu_count()), min(gather(nodes.room("/dev/shm")))
@@ -100,16 +100,3 @@ def check_shape(settings: Config, trainers: int, ranks: int, on_gpus: bool) -> N
         planned = f"{plan.nodes} nodes of {plan.gpus_per_node} GPUs (plan.nodes)"
         raise UserError(f"{ranks} ranks were started, the config is planned for {planned}",
                         "start so many, or set plan.nodes and plan.gpus_per_node to what there is")  # fmt: skip
-
-
-def check_fits(settings: Config) -> str:
-    """The planner's verdict on a config that says for how many GPUs it is, in words; nothing for one that does not. Raises UserError where
-    it does not fit."""
-    if settings.plan.nodes is None:
-        return ""
-    from megatron_nft.planner.plan import plan
-
-    found = plan(settings)
-    if not found.fits:
-        raise UserError(found.reasons[0], "`megatron-nft plan` with the same settings and --search names layouts that fit")
-    return "fits, as the planner estimates"
