@@ -1,16 +1,26 @@
 # What the job scripts of this folder have in common. They source it, from the checkout that sbatch was started in: Slurm runs a copy of them.
-# From them: RUN_DIR; and `settings`, the words after `megatron-nft train`. From whoever submits, all of it with a default:
+# From them: RUN_DIR, and the words given to sbatch, of which a run_dir= goes over it. From whoever submits, all of it with a default:
 #   VENV             a Python environment, .venv                          NFT            the whole command instead, e.g. python3 -m megatron_nft
 #   CONTAINER_IMAGE  an image for Pyxis, none; then VENV is not used      MAX_FAILURES   starts in a row that save nothing new, 3
 #   CONTAINER_MOUNTS what it sees besides its own files, the checkout     CACHE          node-local folder of the compilers' caches, /tmp
 #   PREFLIGHT        more flags of preflight, e.g. --changed
 # What else is in the submitting shell (NCCL_SOCKET_IFNAME, NCCL_IB_HCA, GLOO_SOCKET_IFNAME of your network) reaches the ranks, too.
+mistake() { echo "megatron-nft: $*" >&2 && exit 2; }  # of the user's: the job is not started again
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+
+# The run's directory: the last word counts, as it does for the run.
+for word in "$@"; do
+  if [[ $word == run_dir=* ]]; then RUN_DIR=${word#run_dir=}; fi
+done
+# Where a rank notes that it ends with 2, a mistake of the user's. srun's own code is the highest of all ranks', also of those that it kills.
+export MEND=$RUN_DIR/mend-$SLURM_JOB_ID
+{ mkdir -p "$RUN_DIR" && : >"$MEND"; } \
+  || mistake "run_dir $RUN_DIR cannot be made or written: name one of your own (for a container mount it under the same path)"
 
 # How many starts in a row have ended without a new checkpoint, and which the newest was then. A new submission begins to count anew.
 MAX_FAILURES=${MAX_FAILURES:-3} failures=$RUN_DIR/failures
 newest() { find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null | sort -V | tail -n 1 || true; }
-if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then mkdir -p "$RUN_DIR" && echo "0 $(newest)" >"$failures"; fi
+if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then echo "0 $(newest)" >"$failures"; fi
 
 # Where the ranks meet: the first node, at a port below those that a kernel hands out, and another one for each job.
 export MASTER_ADDR=${hosts[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
@@ -48,7 +58,11 @@ gpu_settings() {
 # ranks HOSTS SRUN-FLAGS... -- WORDS...: megatron-nft WORDS as one rank a task; all of them end when one fails (--kill-on-bad-exit). Its exit
 # code is in `code`. In the background, because bash runs traps only between commands, and a rank that saves must be waited for.
 ranks() {
-  local on=$1 nodes interrupted flags=() rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
+  local on=$1 nodes interrupted flags=() rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS ended=0
+    trap : USR1 TERM  # the program answers them
+    "$@" || ended=$?
+    if [ $ended = 2 ]; then echo "$RANK" >>"$MEND"; fi
+    exit $ended'
   shift
   while [ "$1" != -- ]; do flags+=("$1") && shift; done
   shift
@@ -57,24 +71,30 @@ ranks() {
   srun --nodes="$nodes" --nodelist="${on// /,}" --ntasks=$((nodes * SLURM_NTASKS_PER_NODE)) --ntasks-per-node="$SLURM_NTASKS_PER_NODE" \
     --cpus-per-task="$cpus" "${bound[@]}" --kill-on-bad-exit=1 "${flags[@]}" "${container[@]}" bash -c "$rank" rank "${nft[@]}" "$@" &
   running=$! interrupted=yes
+  if [ -n "$asked" ]; then stop; fi  # since the look above: srun was not known yet
   while [ -n "$interrupted" ]; do  # by a signal, which ends `wait` and not srun
     interrupted='' code=0
     wait $running || code=$?
   done
   running=''
+  if [ -n "$asked" ] && [ "$1" = preflight ]; then code=75; fi  # nothing has begun: no failure, whatever the signal made of it
 }
 running='' asked='' code=0
 stop() {
   asked=yes interrupted=yes
-  if [ -n "$running" ]; then kill -USR1 "$running" || true; fi
+  if [ -z "$running" ]; then return; fi
+  kill -USR1 "$running" || true
+  { sleep 5 && kill -USR1 "$running"; } >/dev/null 2>&1 &  # a srun that has only just started may miss the first one
 }
 trap stop USR1 TERM  # srun hands USR1 to every rank: the run saves, and ends with 75
 
 # The end of a start. A run that was stopped (75) or failed goes back into the queue and resumes from its newest checkpoint; not after a mistake
-# of the user's (2), which the next start would find again, nor when MAX_FAILURES starts in a row have saved nothing new.
+# of the user's (2, of whichever rank), which the next start would find again, nor when MAX_FAILURES starts in a row have saved nothing new.
 finish() {
   local count=0 before='' last
   local everywhere=(srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+  if grep -q . "$MEND" 2>/dev/null; then code=2; fi
+  rm -f "$MEND"
   "${everywhere[@]}" rm -rf "$cache" || true
   if [ -n "${CONTAINER_IMAGE:-}" ]; then "${everywhere[@]}" enroot remove -f "pyxis_nft-$SLURM_JOB_ID" 2>/dev/null || true; fi
   if [ "$code" = 0 ]; then rm -f "$failures" && exit 0; fi
