@@ -15,6 +15,7 @@ from megatron_nft import config
 from megatron_nft.config import Config
 from megatron_nft.config.engine import check_world
 from megatron_nft.errors import UserError
+from megatron_nft.planner.hardware import find
 from megatron_nft.policy import check, devices, topology
 from megatron_nft.preflight import nodes, planned, run_directory
 from megatron_nft.preflight.table import Found, table
@@ -62,7 +63,7 @@ def _look(path: str, overrides: list[str], asked: int, trainers: int | None, cha
     nodes.check_versions(versions)
     nodes.check_gpus(gpus, asked)
     ranks = list(gpus)
-    world, first, leader = trainers or len(ranks), here == ranks[0], leads(ranks, here)
+    world, first, leader = len(ranks) if trainers is None else trainers, here == ranks[0], leads(ranks, here)
     together(lambda: check_shape(settings, world, len(ranks), on_gpus=bool(asked)))
     files = _check_files(settings, leader)
     run_directory.check_shared(Path(settings.run_dir))
@@ -91,7 +92,10 @@ def _check_given(settings: Config, named: dict[str, str]) -> None:
 
 
 def check_shape(settings: Config, trainers: int, ranks: int, on_gpus: bool) -> None:
-    """Raise UserError where so many ranks cannot have the layout, or are not those that the config is planned for."""
+    """Raise UserError where so many ranks cannot have the layout, or are not those of the plan, and for an unknown plan.gpu."""
+    if not 0 < trainers <= ranks:
+        raise UserError(f"{trainers} of {ranks} ranks are to train (--trainers)", "give 1 or more, and not more than there are")
+    find(settings.plan.gpu)
     check_ranks(settings.parallel, trainers)
     if settings.rollout.mode == "colocated" and not settings.replay:
         check_world(settings.rollout, trainers)

@@ -7,7 +7,10 @@ preflight=() expected=()
 if [ -n "${SLURM_PROCID:-}" ]; then
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
   read -ra nft <<<"$NFT"
-  if [ "$GPUS" != 0 ]; then expected=(--gpus-per-node "$GPUS"); fi
+  if [ "$GPUS" != 0 ]; then  # this allocation, whatever the config was planned for
+    expected=(--gpus-per-node "$GPUS")
+    settings=("${settings[0]}" plan.nodes="$SLURM_JOB_NUM_NODES" plan.gpus_per_node="$GPUS" "${settings[@]:1}")
+  fi
   preflight=(env MASTER_PORT=$((MASTER_PORT - 10000)))  # its own: a rank may begin to train while another one still leaves
 else
   nft=("${VENV:-.venv}/bin/python")
@@ -15,7 +18,7 @@ else
   nft+=(-m megatron_nft)
 fi
 ended() {  # a mistake of the user's is noted, as slurm/job.sh has it
-  if [ "$1" = 2 ] && [ -n "${SLURM_PROCID:-}" ]; then echo "$RANK" >>"$MEND"; fi
+  if { [ "$1" = 2 ] || [ "$1" = 127 ]; } && [ -n "${SLURM_PROCID:-}" ]; then echo "$RANK" >>"$MEND"; fi
   exit "$1"
 }
 trap 'exit 75' USR1  # the time is over before anything has begun: the next start does it

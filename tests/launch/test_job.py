@@ -55,11 +55,15 @@ def test_in_a_container(bash, tmp_path):
     """The flags are Pyxis'. The container's name is the job's, at each step."""
     done = bash(ROOT / "slurm/nft_7b.sbatch", CONTAINER_IMAGE="nft.sqsh", CONTAINER_MOUNTS="/data,/models", NFT="", RUNS="")
     assert done.returncode == 0, done.stderr
-    looked, trained, *_, removed = (line for line in (tmp_path / "starts").read_text().splitlines() if line.startswith("--"))
+    _, looked, trained, *_, removed = (line for line in (tmp_path / "starts").read_text().splitlines() if line.startswith("--"))
     for line in (looked, trained):
-        assert f"--container-image=nft.sqsh --container-name=nft-1234 --container-workdir={ROOT} --container-mounts=/data,/models" in line
+        assert (
+            f"--container-image=nft.sqsh --container-name=nft-1234 --container-workdir={ROOT} --container-mounts={ROOT},/data,/models"
+            in line
+        )
         assert "--nodelist=n1,n2 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=16 --cpu-bind=cores" in line
         assert "--kill-on-bad-exit=1 --gpus-per-node=8" in line
+        assert re.search(r"--container-env=\S*NCCL_DEBUG,\S*OMP_NUM_THREADS,PYTHONPATH", line)
     calls = (tmp_path / "starts").read_text()
     assert re.search(r"rank python3 -m megatron_nft preflight .*--gpus-per-node 8$", calls, re.M)
     assert removed.endswith("enroot remove -f pyxis_nft-1234")
@@ -88,6 +92,67 @@ def test_a_run_directory_that_cannot_be_made(bash, tmp_path):
     (tmp_path / "file").touch()
     done = bash(TINY, f"run_dir={tmp_path}/file/run")
     assert done.returncode == 2 and f"run_dir {tmp_path}/file/run cannot be made" in done.stderr and not (tmp_path / "starts").exists()
+
+
+SERVED = ROOT / "slurm/nft_32b_served.sbatch"
+
+
+@pytest.mark.parametrize(
+    ("script", "environment", "said"),
+    [
+        (TINY, {"MAX_FAILURES": "abc"}, "MAX_FAILURES is abc: give a whole number"),
+        (TINY, {"VENV": "nowhere", "NFT": ""}, "there is no nowhere/bin/python on "),
+        (TINY, {"CHECKOUT": "/"}, "/ is no checkout: submit from the root of one, or set CHECKOUT"),
+        (SERVED, {"SERVER_NODES": 2}, "SERVER_NODES is 2 of 2 nodes: leave some to train on"),
+        (SERVED, {"SERVER_NODES": "x"}, "SERVER_NODES is x: give a whole number"),
+        (SERVED, {"SERVER_NODES": 1, "TP": 3}, "TP is 3: a server's GPUs are of one node, which has 8; take a divisor of it"),
+        (SERVED, {"SERVER_NODES": 1, "TP": 16}, "TP is 16: "),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_starts(bash, tmp_path, script, environment, said):
+    done = bash(script, **environment)
+    assert done.returncode == 2 and done.stderr.startswith(f"megatron-nft: {said}") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stdout == "" and "rank" not in ((tmp_path / "starts").read_text() if (tmp_path / "starts").exists() else "")
+
+
+def test_a_program_that_is_missing_on_a_node_is_not_tried_again(bash):
+    assert "not started again" in bash(TINY, ENDS="preflight1=127").stdout
+
+
+def test_a_refusal_leaves_no_directory(bash, tmp_path):
+    assert bash(TINY, ENDS="preflight0=2").returncode == 2 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("answers", "said"), [(2, "requeued 1234"), (4, "squeue does not say whether the job was cancelled: submit anew")])
+def test_squeue_is_asked_again(bash, tmp_path, answers, said):
+    """It answers at the second call, or after the third."""
+    (tmp_path / "squeue").write_text(
+        f"#!/bin/bash\necho >>{tmp_path}/asked\n[ $(wc -l <{tmp_path}/asked) -ge {answers} ] && echo RUNNING\n"
+    )
+    (tmp_path / "sleep").write_text("#!/bin/bash\n")
+    (tmp_path / "sleep").chmod(stat.S_IRWXU)
+    assert said in bash(TINY, ENDS="train0=75").stdout
+
+
+def test_what_a_cancelled_job_left_is_removed(bash, tmp_path):
+    """By the next one; not what is another running job's, nor what is none of a job's."""
+    (tmp_path / "srun").write_text('#!/bin/bash\nwhile [ "$1" != bash ] && [ $# != 0 ]; do shift; done\n"$@"\n')
+    for name in ("nft-77", "nft-88", "nft-mine"):
+        (tmp_path / name).mkdir()
+    other = subprocess.Popen(["sleep", "60"], env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "88"})
+    try:
+        done = bash("-c", BEGUN, CACHE=tmp_path)
+    finally:
+        other.kill()
+        other.wait()
+    assert done.returncode == 0 and sorted(path.name for path in tmp_path.glob("nft-*")) == ["nft-88", "nft-mine"], done.stderr
+
+
+def test_the_plan_is_for_the_allocation(bash, tmp_path):
+    """Whatever the config says; a setting that is given goes over it."""
+    bash(ROOT / "slurm/nft_32b.sbatch", "plan.nodes=null", RUNS="")
+    words = (tmp_path / "starts").read_text()
+    assert re.search(r" preflight .* plan.nodes=2 plan.gpus_per_node=8 .*plan.nodes=null ", words)
 
 
 BEGUN = f". {ROOT}/slurm/job.sh\n"

@@ -73,6 +73,14 @@ def test_settings_that_another_version_wrote_are_passed_over(run_dir):
     check_same_run(load(DEMO, [f"run_dir={run_dir}"]), False)
 
 
+@pytest.mark.parametrize("text", ["seed: [1", "- seed", "", b"\xff\xfe\xff"])
+def test_damaged_settings_are_told_of(run_dir, text):
+    (run_dir / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match="config.yaml is damaged: it holds no settings: start with --changed"):
+        check_same_run(load(DEMO, [f"run_dir={run_dir}"]), False)
+    check_same_run(load(DEMO, [f"run_dir={run_dir}"]), True)
+
+
 def test_all_that_may_change_are_settings():
     sections = {".".join(key.split(".")[:depth]) for key in known_keys() for depth in (1, 2, 3)}
     assert set(MAY_CHANGE) <= sections

@@ -78,5 +78,10 @@ def test_shapes(found):
         check("parallel.pipeline_model_parallel_size=3")
     with pytest.raises(UserError, match=r"rollout.tensor_parallel_size \(3\) does not divide the number of processes \(4\)"):
         check("rollout.tensor_parallel_size=3")
+    for trainers in (0, 5):
+        with pytest.raises(UserError, match=rf"{trainers} of 4 ranks are to train \(--trainers\)"):
+            check(trainers=trainers)
+    with pytest.raises(UserError, match="plan.gpu is 'H900', which is not known"):
+        check("plan.gpu=H900")
     with pytest.raises(UserError, match=r"4 ranks were started, the config is planned for 16 nodes of 8 GPUs \(plan.nodes\)"):
         check("plan.nodes=16")
