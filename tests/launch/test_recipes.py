@@ -121,6 +121,10 @@ def test_over_ssh_a_dry_run_connects_to_nothing(home):
         (["run.executor=slurm", "rollout.mode=served"], "submit slurm/nft_32b_served.sbatch"),
         (["run.executor=slurm", "config=nowhere.yaml"], "nowhere.yaml: pass config=FILE"),
         (["run.executor=slurm", "checkout=/tmp", f"config={ROOT}/examples/arithmetic/nft.yaml"], "/tmp is no checkout"),
+        (["run.executor=slurm", "run.executor.nodes=abc"], "run.executor.nodes=abc is not understood"),
+        (["run.executor=slurm", "run.executor.nodez=3"], "run.executor.nodez=3 is not understood"),
+        (["run.executor=slrm"], "run.executor=slrm is not understood"),
+        (["stps=3"], "stps=3 is not understood"),
         (["run.executor=slurm_ssh"], "the SSH tunnel has no host"),
     ],
 )
