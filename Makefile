@@ -51,10 +51,12 @@ test-fast: setup
 test-long: setup
 	MEGATRON_NFT_LONG=1 $(TESTS) $(ALL)
 
-# where Slurm is missing and can be installed (Debian, root, a network) it is; elsewhere the tests skip, and say why
-test-launch: setup .venv-launch/installed
+# where Slurm is missing and can be installed (Debian, root, a network) it is, and so is NeMo-Run; elsewhere the tests skip, and say why
+test-launch: setup
+	@$(MAKE) .venv-launch/installed || echo "NeMo-Run could not be installed (see above): the recipes' tests skip"
+	@# RUNLEVEL=1: the packages' services are not started, the tests start their own
 	@if ! { command -v slurmctld && command -v munged; } >/dev/null && [ $$(id -u) = 0 ] && command -v apt-get >/dev/null; then \
-	  { apt-get update -q && apt-get install -qy --no-install-recommends slurm-wlm munge; } || echo "Slurm could not be installed"; fi
+	  { apt-get update -q && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -qy --no-install-recommends slurm-wlm munge; } || echo "Slurm could not be installed"; fi
 	$(RUN) -m pytest tests/launch -rs
 
 # on a machine with a GPU: installs nothing; PYTHON and PYTHONPATH say where the packages are

@@ -56,7 +56,9 @@ class Logbook:
                  meter: Meter | None = None, row: dict[str, float] | None = None, balance: Balance | None = None,
                  around: Callable[[str], AbstractContextManager] = nullcontext):  # fmt: skip
         self._meter = meter if enabled else None
-        self._balance, self._around, self._own = balance, around, {}
+        self._balance, self._around = balance, around
+        self._timed: dict[str, float] = {}  # seconds of this row's stages in this process: a row that goes on has those of an earlier one
+        self._own: dict[str, float] = {}
         self.title, self.total_steps, self.first_step, self.enabled = title, total_steps, first_step, enabled
         self.row: dict[str, float] = dict(row or {})
         self._row_started: float | None = None  # set by the first stage, so that start-up is not part of a step
@@ -118,6 +120,7 @@ class Logbook:
 
     def _count(self, name: str, seconds: float) -> None:
         self.row[f"time/{name}"] = self.row.get(f"time/{name}", 0.0) + seconds
+        self._timed[name] = self._timed.get(name, 0.0) + seconds
 
     def add(self, metrics: dict[str, float] | None = None, **more: float) -> None:
         """Put metrics (numbers, or tensors and arrays of one element) into the current row."""
@@ -145,9 +148,8 @@ class Logbook:
         """Of this rank's seconds and all others'."""
         if self._balance is None:
             return {}
-        spent = {key.removeprefix("time/"): value for key, value in self.row.items() if key.startswith("time/")}
-        metrics, lines = self._balance.compare(step, spent | self._own)
-        self._own = {}
+        metrics, lines = self._balance.compare(step, self._timed | self._own)
+        self._timed, self._own = {}, {}
         for line in lines:
             self.note(line)
         return metrics

@@ -83,7 +83,7 @@ def check_together(config: Config) -> None:
     """Raise UserError for settings that are right each by itself and wrong together or on this machine."""
     check_budget(config)
     rollout.check(config, policy.world_size())
-    policy.check_ranks(config)
+    policy.check_profiled_ranks(config)
     check_writable(config.run_dir)
 
 

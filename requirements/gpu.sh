@@ -20,9 +20,10 @@ esac
 command -v nvcc > /dev/null || fail "no nvcc: take a base with the CUDA toolkit (a -devel image), which Transformer Engine is compiled with"
 
 compiled='^transformer-engine-torch=='
-grep -v "$compiled" "$list" > /tmp/wheels.txt
-pip --requirement /tmp/wheels.txt
+wheels=$(mktemp)
+trap 'rm -f "$wheels"' EXIT
+grep -v "$compiled" "$list" > "$wheels"
+pip --requirement "$wheels"
 # The one package that is compiled: against the base's torch (hence no build isolation), and never a wheel from elsewhere.
 NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_WITH_NCCL_EP=0 pip --no-build-isolation "$(grep "$compiled" "$list")"
-rm /tmp/wheels.txt
 "$python" -c "import torch; assert torch.__version__.startswith('$torch') and torch.version.cuda, torch.__version__"

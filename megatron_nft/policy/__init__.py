@@ -5,7 +5,7 @@ from megatron_nft.policy.exhausted import memory_told
 from megatron_nft.policy.memory import PeakMemory
 from megatron_nft.policy.model import kernels
 from megatron_nft.policy.policy import Policy
-from megatron_nft.policy.profiling import Profiler, check_ranks
+from megatron_nft.policy.profiling import Profiler, check_profiled_ranks
 from megatron_nft.policy.selfcheck import checksums, token_logprobs
 from megatron_nft.policy.settings import precision_of
 from megatron_nft.policy.topology import Topology, gathered, hosts, initialize, shutdown, start_distributed, world_size
@@ -18,7 +18,7 @@ __all__ = [
     "Topology",
     "Watch",
     "check",
-    "check_ranks",
+    "check_profiled_ranks",
     "checksums",
     "gathered",
     "hosts",

@@ -51,6 +51,7 @@ def memory_told(run_dir: str | Path, phase: str | None = None) -> Iterator[None]
         told = _report(Path(run_dir), phase or watchdog.running() or "start", error)
         if dist.is_initialized() and dist.get_world_size() > 1:
             print(f"megatron-nft: {told}", file=sys.stderr, flush=True)
+            watchdog.take_leave()
             os._exit(EXIT_CODE)
         raise told from error
 

@@ -14,7 +14,7 @@ from megatron_nft.policy.exhausted import record_allocations
 from megatron_nft.policy.topology import world_size
 
 
-def check_ranks(config: Config) -> None:
+def check_profiled_ranks(config: Config) -> None:
     """Raise UserError for a rank that this run has not."""
     missing = [rank for rank in config.profile.ranks if rank >= world_size()]
     if config.profile.steps and missing:

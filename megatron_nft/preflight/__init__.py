@@ -15,8 +15,9 @@ from megatron_nft import config
 from megatron_nft.config import Config
 from megatron_nft.config.engine import check_world
 from megatron_nft.errors import UserError
+from megatron_nft.planner.hardware import find
 from megatron_nft.policy import check, devices, topology
-from megatron_nft.preflight import nodes, run_directory
+from megatron_nft.preflight import nodes, planned, run_directory
 from megatron_nft.preflight.table import Found, table
 from megatron_nft.preflight.together import Place, gather, leads, meet, together
 from megatron_nft.sizes import check_ranks
@@ -62,12 +63,12 @@ def _look(path: str, overrides: list[str], asked: int, trainers: int | None, cha
     nodes.check_versions(versions)
     nodes.check_gpus(gpus, asked)
     ranks = list(gpus)
-    world, first, leader = trainers or len(ranks), here == ranks[0], leads(ranks, here)
+    world, first, leader = len(ranks) if trainers is None else trainers, here == ranks[0], leads(ranks, here)
     together(lambda: check_shape(settings, world, len(ranks), on_gpus=bool(asked)))
     files = _check_files(settings, leader)
     run_directory.check_shared(Path(settings.run_dir))
     state = together(lambda: run_directory.check_same_run(settings, changed) if first else "")[ranks[0]]
-    fits = together(lambda: check_fits(settings) if first and asked else "")[ranks[0]]
+    fits = together(lambda: planned.check_fits(settings, gpus[here]) if first and asked else "")[ranks[0]]
     together(lambda: devices.check_gpu(int(os.environ.get("LOCAL_RANK", "0"))))
     exchange = together(lambda: devices.measure_all_reduce(EXCHANGE))[here]
     cpus, shared_memory = gather(nodes.cpu_count()), min(gather(nodes.room("/dev/shm")))
@@ -91,7 +92,10 @@ def _check_given(settings: Config, named: dict[str, str]) -> None:
 
 
 def check_shape(settings: Config, trainers: int, ranks: int, on_gpus: bool) -> None:
-    """Raise UserError where so many ranks cannot have the layout, or are not those that the config is planned for."""
+    """Raise UserError where so many ranks cannot have the layout, or are not those of the plan, and for an unknown plan.gpu."""
+    if not 0 < trainers <= ranks:
+        raise UserError(f"{trainers} of {ranks} ranks are to train (--trainers)", "give 1 or more, and not more than there are")
+    find(settings.plan.gpu)
     check_ranks(settings.parallel, trainers)
     if settings.rollout.mode == "colocated" and not settings.replay:
         check_world(settings.rollout, trainers)
@@ -100,16 +104,3 @@ def check_shape(settings: Config, trainers: int, ranks: int, on_gpus: bool) -> N
         planned = f"{plan.nodes} nodes of {plan.gpus_per_node} GPUs (plan.nodes)"
         raise UserError(f"{ranks} ranks were started, the config is planned for {planned}",
                         "start so many, or set plan.nodes and plan.gpus_per_node to what there is")  # fmt: skip
-
-
-def check_fits(settings: Config) -> str:
-    """The planner's verdict on a config that says for how many GPUs it is, in words; nothing for one that does not. Raises UserError where
-    it does not fit."""
-    if settings.plan.nodes is None:
-        return ""
-    from megatron_nft.planner.plan import plan
-
-    found = plan(settings)
-    if not found.fits:
-        raise UserError(found.reasons[0], "`megatron-nft plan` with the same settings and --search names layouts that fit")
-    return "fits, as the planner estimates"

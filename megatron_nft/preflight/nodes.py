@@ -70,8 +70,12 @@ def paths(config: Config) -> dict[str, str]:
     named = {"model.path": config.model.path}
     sets = {"data.train": config.data.train, "evaluation.sets": config.evaluation.sets}
     for key, datasets in sets.items():
-        named |= {f"{key}.{number}.path": dataset.path for number, dataset in enumerate(datasets) if dataset.path.endswith(DATA_SUFFIXES)}
+        named |= {f"{key}.{number}.path": dataset.path for number, dataset in enumerate(datasets) if _is_path(dataset.path)}
     return named
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith(DATA_SUFFIXES) or name.startswith(("/", "."))
 
 
 def digest(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,18 +40,26 @@ def check_shared(run_dir: Path) -> None:
 
     def write() -> None:
         if is_first:
-            made.extend(folder for folder in (run_dir, *run_dir.absolute().parents) if not folder.exists())
-            run_dir.mkdir(parents=True, exist_ok=True)
+            missing = [folder for folder in (run_dir, *run_dir.absolute().parents) if not folder.exists()]
+            for folder in reversed(missing):
+                folder.mkdir(exist_ok=True)
+                made.append(folder)
             file.write_text(token)
 
     try:
         together(write)
         together(lambda: _wait_for(file, token, run_dir))
     finally:
-        if is_first:
-            file.unlink(missing_ok=True)
-            for folder in made:
-                folder.rmdir()
+        _remove(file, made)
+
+
+def _remove(file: Path, made: list[Path]) -> None:
+    """What `made` has by then, the innermost last. What cannot be removed stays: it is no fault of the run's, and other ranks wait."""
+    with suppress(OSError):
+        file.unlink()
+    with suppress(OSError):
+        for folder in reversed(made):
+            folder.rmdir()
 
 
 def _wait_for(file: Path, token: str, run_dir: Path) -> None:
@@ -66,12 +75,24 @@ def check_same_run(config: Config, changed_allowed: bool) -> str:
     run_dir = Path(config.run_dir)
     found, file, rows = checkpoint.find(config, "train"), run_dir / "config.yaml", run_dir / "metrics.jsonl"
     begun = found or (rows.is_file() and rows.stat().st_size)
-    if begun and not changed_allowed and file.is_file() and (changed := changes(yaml.safe_load(file.read_text()), config)):
+    if begun and not changed_allowed and file.is_file() and (changed := changes(_saved(file), config)):
         named = "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in list(changed.items())[:SHOWN])
         more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise UserError(f"run_dir {run_dir} holds a run with other settings: {named}{more}",
                         "give the settings it began with, choose another run_dir, or allow it with --changed")  # fmt: skip
     return f"goes on from {found.name}" if found else "begins anew, there is no checkpoint" if begun else "new"
+
+
+def _saved(file: Path) -> dict:
+    """The settings that a run began with. Raises UserError where the file has none."""
+    try:
+        saved = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        saved = None
+    if not isinstance(saved, dict):
+        raise UserError(f"{file} is damaged: it holds no settings",
+                        "start with --changed, which does not compare them and writes it anew, or choose another run_dir")  # fmt: skip
+    return saved
 
 
 def changes(before: dict, config: Config) -> dict[str, tuple[object, object]]:

@@ -1,11 +1,11 @@
 """What preflight found, as the first rank prints it, and what is worth a warning."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
-from megatron_nft import saves
 from megatron_nft.config import Config
+from megatron_nft.planner.memory import checkpoint_bytes
+from megatron_nft.planner.models import find
 from megatron_nft.policy.devices import Exchange
 from megatron_nft.preflight import nodes
 from megatron_nft.preflight.together import Place
@@ -14,10 +14,6 @@ from megatron_nft.preflight.together import Place
 LEAST_BETWEEN_NODES, LEAST_WITHIN_NODE = 50, 150
 LEAST_CPUS = 4  # of a rank with a GPU: the trainer's thread, the engine's, NCCL's proxies, verdicts
 LEAST_SHARED_MEMORY = 8 * 2**30  # bytes of /dev/shm with GPUs: NCCL and vLLM exchange there
-STATE = {
-    True: 7,
-    False: 4,
-}  # bytes of a checkpoint to one of weights, on GPUs (bf16, with three copies in fp32) and without (fp32, with two)
 
 
 @dataclass(frozen=True)
@@ -71,11 +67,10 @@ def _layout(settings: Config, trainers: int) -> str:
 
 def warnings(found: Found) -> Iterator[str]:
     """What a run can begin with and may come to regret."""
-    settings, gpus, disk = found.settings, bool(found.gpus), nodes.room(found.settings.run_dir)
-    kept = settings.checkpoint.keep + saves.best_kept(settings) + 1  # one is being written
-    weights = sum(file.stat().st_size for file in Path(settings.model.path).glob("*.safetensors"))
-    if disk < (needed := weights * STATE[gpus] * kept):
-        yield f"{_gib(disk)} are free in run_dir; {kept} checkpoints, one of them being written, take some {_gib(needed)}"
+    gpus, disk, saved = bool(found.gpus), nodes.room(found.settings.run_dir), _saved(found)
+    if disk < saved["disk"]:
+        kept = saved["disk"] // saved["checkpoint"]
+        yield f"{_gib(disk)} are free in run_dir; {kept} checkpoints, one of them being written, take some {_gib(saved['disk'])}"
     if gpus and min(found.cpus) < LEAST_CPUS:
         yield f"a rank has {min(found.cpus)} CPUs, {LEAST_CPUS} are better: ask for whole nodes (--exclusive), or for --cpus-per-task"
     if gpus and found.shared_memory < LEAST_SHARED_MEMORY:
@@ -83,6 +78,14 @@ def warnings(found: Found) -> Iterator[str]:
     least = LEAST_BETWEEN_NODES if len(found.hosts) > 1 else LEAST_WITHIN_NODE
     if found.exchange.backend == "nccl" and found.exchange.bandwidth < least * 1e9:
         yield f"less than {least} GB/s of bus bandwidth: with NCCL_DEBUG=INFO NCCL says which network it took"
+
+
+def _saved(found: Found) -> dict[str, int]:
+    """Bytes of a checkpoint, and of all of a run's at a time."""
+    settings = found.settings
+    if settings.model.precision == "auto":
+        settings = replace(settings, model=replace(settings.model, precision="bf16" if found.gpus else "fp32"))
+    return checkpoint_bytes(settings, find(settings.model.path).hf)
 
 
 def _gib(count: float) -> str:

@@ -1,10 +1,12 @@
 """The recipes as commands of NeMo-Run's: `nemorun megatron_nft nft_32b run.executor=slurm train.steps=10 --dryrun`."""
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import nemo_run as run
+from nemo_run.cli import cli_parser
 
 from megatron_nft.config import known_keys
 from megatron_nft.errors import UserError
@@ -26,10 +28,14 @@ class Context(run.cli.RunContext):
         args = [word for word in args if not _is_setting(word)]
         if not any(word.startswith("run.executor=") for word in args):  # a default of NeMo-Run's own kind takes no run.executor.nodes=...
             args.insert(0, f"run.executor={fn.executor}")
+        logging.getLogger(cli_parser.__name__).disabled = True  # it says what is wrong besides raising it
         try:
             super().cli_execute(fn, args, entrypoint_type)
-        except UserError as error:
-            print(f"megatron-nft: {' '.join(str(error).split())}", file=sys.stderr)
+        except (UserError, cli_parser.CLIException, ValueError) as error:
+            told = error if isinstance(error, UserError) else _mistake(str(error), args)
+            if told is None:
+                raise
+            print(f"megatron-nft: {' '.join(str(told).split())}", file=sys.stderr)
             sys.exit(2)
 
     def launch(self, experiment: run.Experiment, sequential: bool = False) -> None:
@@ -47,6 +53,15 @@ class Context(run.cli.RunContext):
 def _is_setting(word: str) -> bool:
     key, equals, _ = word.partition("=")
     return bool(equals) and key.split(".")[0] in SECTIONS
+
+
+def _mistake(said: str, words: list[str]) -> UserError | None:
+    """What NeMo-Run's parser says of a word, in a line; None where it says nothing of any."""
+    for word in words:
+        key, _, value = word.partition("=")
+        if word.removeprefix("run.executor.") in said or (key == "run.executor" and f"Executor {value} not found" in said):
+            return UserError(f"{word} is not understood", "a setting is section.name=value; --help lists NeMo-Run's words and executors")
+    return None
 
 
 def _command(recipe: Callable[..., run.Script], default: str) -> Callable:

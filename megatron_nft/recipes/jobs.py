@@ -1,7 +1,4 @@
-"""The bash of a job: what each task runs, and what the batch script does before. slurm/job.sh has what is common with slurm/*.sbatch.
-
-/nemo_run is NeMo-Run's name of the job's folder: a mount in a container, else replaced by the folder's path.
-"""
+"""The bash of a job: what each task runs, and what the batch script does before. slurm/job.sh has what is common with slurm/*.sbatch."""
 
 import shlex
 
@@ -10,15 +7,18 @@ preflight=() expected=()
 if [ -n "${SLURM_PROCID:-}" ]; then
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
   read -ra nft <<<"$NFT"
-  if [ "$GPUS" != 0 ]; then expected=(--gpus-per-node "$GPUS"); fi
+  if [ "$GPUS" != 0 ]; then  # this allocation, whatever the config was planned for
+    expected=(--gpus-per-node "$GPUS")
+    settings=("${settings[0]}" plan.nodes="$SLURM_JOB_NUM_NODES" plan.gpus_per_node="$GPUS" "${settings[@]:1}")
+  fi
   preflight=(env MASTER_PORT=$((MASTER_PORT - 10000)))  # its own: a rank may begin to train while another one still leaves
 else
   nft=("${VENV:-.venv}/bin/python")
   if [ "${RANKS:-1}" -gt 1 ]; then nft+=(-m torch.distributed.run --standalone --nproc-per-node="$RANKS"); fi
   nft+=(-m megatron_nft)
 fi
-ended() {  # srun's own code says nothing when it kills the other ranks: a mistake of the user's (2) is noted beside the logs
-  if [ "$1" = 2 ] && [ -n "${SLURM_PROCID:-}" ]; then touch "/nemo_run/mend-$SLURM_JOB_ID"; fi
+ended() {  # a mistake of the user's is noted, as slurm/job.sh has it
+  if { [ "$1" = 2 ] || [ "$1" = 127 ]; } && [ -n "${SLURM_PROCID:-}" ]; then echo "$RANK" >>"$MEND"; fi
   exit "$1"
 }
 trap 'exit 75' USR1  # the time is over before anything has begun: the next start does it
@@ -34,9 +34,7 @@ cd "$checkout" && [ -f slurm/job.sh ] || { echo "no checkout of megatron_nft at 
 . slurm/job.sh
 if [ "$gpus" != 0 ]; then gpu_settings; fi
 export NFT="${nft[*]}" GPUS=$gpus SRUN_CPUS_PER_TASK=$cpus
-mend=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')")/mend-$SLURM_JOB_ID
-rm -f "$mend"
-trap 'code=$?; if [ -e "$mend" ]; then code=2; fi; finish' EXIT
+trap 'code=$?; finish' EXIT
 """
 
 

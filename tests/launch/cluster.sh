@@ -69,6 +69,7 @@ C
 
 up() {
   local i
+  [ ${#D} -le 95 ] || { echo "$D is too long for munge's socket: set TMPDIR (pytest --basetemp) to a shorter one" >&2; exit 1; }
   [ ! -e "$D" ] || { echo "$D is there already" >&2; exit 1; }
   umask 022
   mkdir -p "$D/local" "$D/state"

@@ -75,13 +75,13 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     before = {name: value for name, value in os.environ.items() if name.startswith(("SLURM", "SBATCH"))}
     for name in before:
         del os.environ[name]  # a Slurm around the tests is none of theirs
-    subprocess.run([SCRIPT, "up", folder], check=True, timeout=120)
-    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
     try:
+        subprocess.run([SCRIPT, "up", folder], check=True, timeout=120)
+        os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
         yield Cluster(folder)
     finally:
         subprocess.run([SCRIPT, "down", folder], check=True, timeout=120)
-        del os.environ["SLURM_CONF"]
+        os.environ.pop("SLURM_CONF", None)
         os.environ.update(before)
 
 

@@ -12,11 +12,14 @@ import pytest
 
 from tests.support import ROOT
 
-PYTHON = ROOT / ".venv-launch" / "bin" / "python"
+ENVIRONMENT = ROOT / ".venv-launch"
+PYTHON = ENVIRONMENT / "bin" / "python"
 SIZES = ("tiny", "7b", "32b")
 VARIABLES = ("CONFIG", "MODEL", "TRAIN", "RUN_DIR", "CHECKOUT", "CONTAINER", "SBATCH", "SLURM_HOST", "SLURM_USER", "SLURM_JOBDIR")
 
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="NeMo-Run is not installed here: make .venv-launch/installed")
+pytestmark = pytest.mark.skipif(
+    not (ENVIRONMENT / "installed").exists(), reason="NeMo-Run is not installed here: make .venv-launch/installed"
+)
 
 
 def nemo(home: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
@@ -76,7 +79,7 @@ def test_a_recipe_trains_with_the_job_scripts_settings(home, size):
     lines = re.findall(r"^(?:CONFIG|MODEL|TRAIN|RUN_DIR)=.*$", job, re.M) + [re.search(r'^settings=\(.*?"\$@"\)', job, re.M | re.S)[0]]
     assert sorted(settings(line_of_settings(task))) == sorted(settings("\n".join(lines)))
     assert re.findall(r" (preflight|train) \"\$\{settings", task) == ["preflight", "train"]
-    assert "nemo" not in task.replace("/nemo_run/", "")  # nothing on the nodes needs NeMo-Run
+    assert "nemo" not in task  # nothing on the nodes needs NeMo-Run
 
 
 @pytest.mark.parametrize("size", ["7b", "32b"])
@@ -118,6 +121,10 @@ def test_over_ssh_a_dry_run_connects_to_nothing(home):
         (["run.executor=slurm", "rollout.mode=served"], "submit slurm/nft_32b_served.sbatch"),
         (["run.executor=slurm", "config=nowhere.yaml"], "nowhere.yaml: pass config=FILE"),
         (["run.executor=slurm", "checkout=/tmp", f"config={ROOT}/examples/arithmetic/nft.yaml"], "/tmp is no checkout"),
+        (["run.executor=slurm", "run.executor.nodes=abc"], "run.executor.nodes=abc is not understood"),
+        (["run.executor=slurm", "run.executor.nodez=3"], "run.executor.nodez=3 is not understood"),
+        (["run.executor=slrm"], "run.executor=slrm is not understood"),
+        (["stps=3"], "stps=3 is not understood"),
         (["run.executor=slurm_ssh"], "the SSH tunnel has no host"),
     ],
 )

@@ -1,9 +1,6 @@
 """The job scripts under a real Slurm, with a stand-in for the program: what is started where, and what becomes of the job."""
 
 import os
-import re
-import stat
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -105,26 +102,3 @@ def test_before_the_time_limit_it_goes_back_into_the_queue(cluster, job):
     assert cluster.show(number)["Restarts"] == "1" and started(starts, "train")[-1]["restart"] in "01"
     assert "ended with 75: back into the queue" in log.read_text()
     cluster.run("scancel", number)
-
-
-SRUN = """#!/bin/bash
-printf '%s\\n' "$*" >>"$STARTS"
-"""
-
-
-def test_in_a_container(tmp_path):
-    """The flags are Pyxis', which this Slurm has not: a stand-in for srun writes them down. The name is the job's, at each step."""
-    for name, text in {"srun": SRUN, "scontrol": "#!/bin/bash\necho n1\necho n2\n", "squeue": "#!/bin/bash\n"}.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(stat.S_IRWXU)
-    slurm = {"SLURM_SUBMIT_DIR": ROOT, "SLURM_JOB_ID": 1234, "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": 2,
-             "SLURM_NTASKS_PER_NODE": 8, "SLURM_CPUS_ON_NODE": 128, "SLURM_GPUS_PER_NODE": "h100:8"}  # fmt: skip
-    own = {"CONTAINER_IMAGE": "nft.sqsh", "CONTAINER_MOUNTS": "/data,/models", "RUN_DIR": tmp_path / "run", "STARTS": tmp_path / "starts"}
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | {key: str(value) for key, value in {**slurm, **own}.items()}
-    subprocess.run(["bash", ROOT / "slurm/nft_7b.sbatch"], env=environment, check=True, timeout=60)
-    looked, trained, *_, removed = (tmp_path / "starts").read_text().splitlines()
-    for line in (looked, trained):
-        assert f"--container-image=nft.sqsh --container-name=nft-1234 --container-workdir={ROOT} --container-mounts=/data,/models" in line
-        assert "--nodelist=n1,n2 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=16 --cpu-bind=cores" in line
-        assert "--kill-on-bad-exit=1 --gpus-per-node=8" in line and "rank python3 -m megatron_nft " in line
-    assert re.search(r"preflight .*--gpus-per-node 8$", looked) and removed.endswith("enroot remove -f pyxis_nft-1234")

@@ -321,6 +321,20 @@ def test_all_ranks_compare_and_one_writes(tmp_path):
     assert len(asked) == 1 and asked[0][STAGES.index("train")] > 0 and not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_seconds_of_an_earlier_process_are_compared_with_nobodys(tmp_path, clock):
+    """A row that a resumed run owes has them: the first rank's, on every rank."""
+    balance = Balance(ranks({"validate": 3.0}), ["a", "b"])
+    with Logbook(tmp_path, "run", 3, 1, stream=io.StringIO(), row={"time/train": 1.5}, balance=balance) as log:
+        with log.stage("validate"):
+            clock(1)
+        owed = log.commit(1)
+        with log.stage("train"):
+            clock(2)
+        after = log.commit(2)
+    assert owed["time/train"] == 1.5 and (owed["balance/validate"], owed["balance/validate_slowest"]) == (1.5, "rank 1 on b")
+    assert "balance/train" not in owed and after["balance/train"] == 2
+
+
 def test_a_stage_runs_in_what_is_put_around_it(tmp_path):
     seen = []
 

@@ -82,7 +82,11 @@ def test_where_others_wait_the_process_ends_at_once(tmp_path, monkeypatch, capfd
         pass
 
     def leave(code):
+        assert told == ["leave"]  # else the watchdog's helper would tell of a process that was killed
         raise Left(code)
+
+    told = []
+    monkeypatch.setattr(watchdog, "take_leave", lambda: told.append("leave"))
 
     monkeypatch.delenv("SLURMD_NODENAME", raising=False)
     monkeypatch.setattr(exhausted.dist, "is_initialized", lambda: True)

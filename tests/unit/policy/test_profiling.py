@@ -9,7 +9,7 @@ import torch
 from megatron_nft.config.settings import Config, ModelConfig, ProfileConfig
 from megatron_nft.errors import UserError
 from megatron_nft.policy import profiling
-from megatron_nft.policy.profiling import Profiler, check_ranks
+from megatron_nft.policy.profiling import Profiler, check_profiled_ranks
 
 
 def config(run_dir, **settings) -> Config:
@@ -67,7 +67,7 @@ def test_a_step_that_fails_leaves_no_trace_and_the_next_one_is_whole(tmp_path):
 
 def test_a_rank_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    check_ranks(config(tmp_path, steps=[1], ranks=[3]))
-    check_ranks(config(tmp_path, ranks=[4]))  # no step, no trace
+    check_profiled_ranks(config(tmp_path, steps=[1], ranks=[3]))
+    check_profiled_ranks(config(tmp_path, ranks=[4]))  # no step, no trace
     with pytest.raises(UserError, match="profile.ranks has 4, and this run has 4 ranks, from 0 on: leave it out"):
-        check_ranks(config(tmp_path, steps=[1], ranks=[0, 4]))
+        check_profiled_ranks(config(tmp_path, steps=[1], ranks=[0, 4]))

@@ -78,10 +78,11 @@ def test_a_large_file_that_differs_at_its_end_is_another(tmp_path):
 
 
 def test_names_on_the_hub_are_no_paths():
-    settings = load(ROOT / "examples/arithmetic/nft.yaml", ["data.train=[{benchmark: dapo_math_17k}, {path: x.parquet}]"])
+    settings = load(ROOT / "examples/arithmetic/nft.yaml", ["data.train=[{benchmark: dapo_math_17k}, {path: x.parquet}, {path: /no/such}]"])
     assert nodes.paths(settings) == {
         "model.path": "examples/arithmetic/model",
         "data.train.1.path": "x.parquet",
+        "data.train.2.path": "/no/such",
         "evaluation.sets.0.path": "examples/arithmetic/heldout.jsonl",
     }
 

@@ -1,10 +1,13 @@
 """A run directory that holds another run is refused; one that holds this run, on other nodes or for more steps, is not."""
 
+import sys
+
 import pytest
 
 from megatron_nft.config import known_keys, load, save
 from megatron_nft.errors import UserError
-from megatron_nft.preflight.run_directory import MAY_CHANGE, check_same_run
+from megatron_nft.preflight import run_directory
+from megatron_nft.preflight.run_directory import MAY_CHANGE, check_same_run, check_shared
 from tests.support import ROOT
 
 DEMO = ROOT / "examples/arithmetic/nft.yaml"
@@ -70,6 +73,43 @@ def test_settings_that_another_version_wrote_are_passed_over(run_dir):
     check_same_run(load(DEMO, [f"run_dir={run_dir}"]), False)
 
 
+@pytest.mark.parametrize("text", ["seed: [1", "- seed", "", b"\xff\xfe\xff"])
+def test_damaged_settings_are_told_of(run_dir, text):
+    (run_dir / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match="config.yaml is damaged: it holds no settings: start with --changed"):
+        check_same_run(load(DEMO, [f"run_dir={run_dir}"]), False)
+    check_same_run(load(DEMO, [f"run_dir={run_dir}"]), True)
+
+
 def test_all_that_may_change_are_settings():
     sections = {".".join(key.split(".")[:depth]) for key in known_keys() for depth in (1, 2, 3)}
     assert set(MAY_CHANGE) <= sections
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """One rank that hears of no others."""
+    monkeypatch.delenv("RANK", raising=False)
+    for module in (run_directory, sys.modules["megatron_nft.preflight.together"]):  # the package has a function of that name
+        monkeypatch.setattr(module, "gather", lambda value: [value])
+
+
+def test_a_shared_directory_is_left_as_it_was(alone, tmp_path):
+    check_shared(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    check_shared(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["/proc/nope/x", "file/x/y"])
+def test_a_directory_that_cannot_be_made_is_told_of(alone, tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"\(rank 0\): /.* cannot be used \(.*\): see that it is there"):
+        check_shared(tmp_path / place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_cannot_be_removed_stays(alone, tmp_path, monkeypatch):
+    """Another program's file in the directory, by then."""
+    monkeypatch.setattr(run_directory, "_wait_for", lambda file, *_: (file.parent / "other").touch())
+    check_shared(tmp_path / "a")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["other"]

@@ -1,20 +1,21 @@
 """The table of a run that may begin, its warnings, and the shapes that are refused."""
 
+import math
 import shutil
-import sys
-from types import SimpleNamespace
 
 import pytest
+from safetensors import safe_open
 
 from megatron_nft.config import load
 from megatron_nft.errors import UserError
 from megatron_nft.policy.devices import Exchange
-from megatron_nft.preflight import check_fits, check_shape
+from megatron_nft.preflight import check_shape
 from megatron_nft.preflight.table import Found, table, warnings
 from megatron_nft.preflight.together import Place
 from tests.support import ROOT
 
 GIB = 2**30
+MODEL = ROOT / "examples/arithmetic/model"
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def found(tmp_path):
     """Two nodes of two GPUs, with nothing to complain of; what is given goes over it."""
 
     def make(*overrides: str, **changes: object) -> Found:
-        settings = load(ROOT / "examples/arithmetic/nft.yaml", [f"run_dir={tmp_path}", f"model.path={tmp_path}", *overrides])
+        settings = load(ROOT / "examples/arithmetic/nft.yaml", [f"run_dir={tmp_path}", f"model.path={MODEL}", *overrides])
         ranks = [Place(rank, f"node{1 + rank // 2}") for rank in range(4)]
         given = {"settings": settings, "ranks": ranks, "trainers": 4, "versions": {"torch": "2.13", "transformer-engine": ""},
                  "gpus": ["H100", "H100"], "files": ["model.path"], "run_dir": "new", "fits": "", "cpus": [16, 8, 16, 16],
@@ -53,10 +54,18 @@ def test_warnings(found, tmp_path, monkeypatch):
     slow, few, small = Exchange("nccl", 2**28, 4e10), [3, 8, 8, 8], 2 * GIB
     told = list(warnings(found(exchange=slow, cpus=few, shared_memory=small)))
     assert [line.split()[0] for line in told] == ["a", "/dev/shm", "less"] and "less than 50 GB/s" in told[2]
-    (tmp_path / "model.safetensors").write_bytes(b"\0" * 1000)
-    for free, warned in ((28_000, 0), (27_999, 1)):  # two kept, the best, one being written; 7 bytes to one of bf16 weights
+
+
+@pytest.mark.parametrize(("gpus", "bytes_each"), [(["H100", "H100"], 14), ([], 16)])
+def test_room_for_checkpoints(found, gpus, bytes_each, monkeypatch):
+    """Two are kept, the best, and one is being written: weights in the run's precision, fp32 weights and two moments of each parameter."""
+    with safe_open(MODEL / "model.safetensors", "pt") as weights:
+        parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    needed = 4 * parameters * bytes_each
+    for free, warned in ((1.03 * needed, 0), (0.99 * needed, 1)):  # the vocabulary is padded
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(0, 0, free))
-        assert len(list(warnings(found("checkpoint.keep_best=1")))) == warned
+        told = list(warnings(found("checkpoint.keep_best=1", gpus=gpus)))
+        assert len(told) == warned and all("; 4 checkpoints, one of them being written" in line for line in told)
 
 
 def test_shapes(found):
@@ -69,16 +78,10 @@ def test_shapes(found):
         check("parallel.pipeline_model_parallel_size=3")
     with pytest.raises(UserError, match=r"rollout.tensor_parallel_size \(3\) does not divide the number of processes \(4\)"):
         check("rollout.tensor_parallel_size=3")
+    for trainers in (0, 5):
+        with pytest.raises(UserError, match=rf"{trainers} of 4 ranks are to train \(--trainers\)"):
+            check(trainers=trainers)
+    with pytest.raises(UserError, match="plan.gpu is 'H900', which is not known"):
+        check("plan.gpu=H900")
     with pytest.raises(UserError, match=r"4 ranks were started, the config is planned for 16 nodes of 8 GPUs \(plan.nodes\)"):
         check("plan.nodes=16")
-
-
-def test_the_planners_verdict(found, monkeypatch):
-    """Asked for where the config says for how many nodes it is."""
-    assert check_fits(found().settings) == ""
-    verdict = SimpleNamespace(fits=True, reasons=["train: 91 GiB, 80 are there"])
-    monkeypatch.setitem(sys.modules, "megatron_nft.planner.plan", SimpleNamespace(plan=lambda settings: verdict))
-    assert check_fits(found("plan.nodes=2").settings) == "fits, as the planner estimates"
-    verdict.fits = False
-    with pytest.raises(UserError, match="train: 91 GiB, 80 are there: .*--search"):
-        check_fits(found("plan.nodes=2").settings)
