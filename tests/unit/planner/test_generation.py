@@ -161,6 +161,13 @@ def test_only_colocated_mixtures_are_coupled(experts, mode, coupled):
     assert Engine.of(config, hf, Cluster.of(config), 10**6).coupled == coupled
 
 
+def test_an_engine_with_nothing_to_do_takes_a_group_however_long():
+    """Its prompts alone are more than the KV cache holds: some answers wait for others."""
+    work, order = replace(WORK, prompt=30, mixed=1.0), Order(24, 24, False, False, 0, False, 0, None)
+    found = simulate(work, order, replace(ENGINE, kv_tokens=110), 2)
+    assert found.kept == 24 and found.sampled > 0
+
+
 def test_alike_answers_that_all_run_at_once_take_their_length_in_steps():
     """Two engines, 16 answers each, of 100 tokens: 100 scheduler steps, all of them with 16 answers."""
     work = replace(WORK, wanted=8, mean=100, sigma=0.0, cap=100, mixed=1.0)
