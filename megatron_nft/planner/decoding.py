@@ -24,7 +24,7 @@ SAMPLING_PASSES = 12  # times that float32 logits of the whole vocabulary are re
 SCHEDULER = (2.5e-3, 9e-6)  # seconds of the CPU a step, and for each running answer: vLLM V1's scheduler, input and output without overlap
 # Colocated engines wait for each other in sums over ranks on the CPU: gloo's ring takes 2 (n - 1) messages, one after the other
 GLOO_HOP = 20e-6  # seconds of such a message, over loopback or Ethernet
-TELL_EVERY = 8  # scheduler steps between two sums that tell of verdicts: rollout/sampler.py's; a single engine's ranks have one in each step
+TELL_EVERY = 8  # scheduler steps between two sums that tell of verdicts, as rollout/sampler.py has it; 1 where there is one engine
 ASK_EVERY = 8  # of these sums between two more, which ask whether the run is to stop: rollout/engine.py's
 # vLLM couples the engines of a mixture of experts: in each step they agree whether one has answers, and on the batch's size
 # (has_unfinished_dp, coordinate_batch_across_dp)

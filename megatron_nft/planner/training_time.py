@@ -12,8 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
+from megatron_nft.batching import LENGTH_MULTIPLE, place
 from megatron_nft.batching import Layout as Packing
-from megatron_nft.batching import place
 from megatron_nft.config import Config
 from megatron_nft.flops import attention_cost, attention_flops, linear_flops
 from megatron_nft.planner import kernels
@@ -23,7 +23,6 @@ from megatron_nft.planner.hardware import check_fp8
 from megatron_nft.planner.workload import SEED, Workload
 from megatron_nft.weights.layouts import Sizes, padded_vocab_size
 
-LENGTH_MULTIPLE = 128  # of micro-batches' slots: as policy/policy.py has it
 KERNELS = (30, 55)  # that PyTorch starts in a layer: forward, backward (counted in Transformer Engine's layer with flash attention)
 OVERLAPPED = 0.85  # of tensor-parallel collectives, with tp_comm_overlap: Transformer Engine's user buffers hide them behind the products
 UPDATE_CALLS = 0.05  # seconds of an update that are none of the others: gradient norm, schedules, totals of the metrics
