@@ -92,9 +92,9 @@ def times_table(plan: Plan) -> Table:
 
 def rates(plan: Plan) -> str:
     """The whole run, and further facts."""
-    spent, steps = plan.times, plan.config.train.steps
+    spent = plan.times
     lines = [
-        f"{spent.step:.0f} s a rollout step, {spent.tokens_per_gpu:,.0f} sampled tokens/s/GPU; {steps} steps: {spent.days:.2f} days, "
+        f"{spent.step:.0f} s a rollout step, {spent.tokens_per_gpu:,.0f} sampled tokens/s/GPU; {spent.steps} steps: {spent.days:.2f} days, "
         f"{spent.gpu_hours:,.0f} GPU-hours"
     ]
     return "\n".join([*lines, *(line for keys, form in FACTS if (line := _fact(spent.facts, keys, form)))])
