@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from megatron_nft.planner.plan import Plan, gib
 
 LABEL = "ESTIMATE, not measured"
+SLOWER = "a real step takes likely some 1.2 times as long: docs/planner.md has published runs beside their plans"
 Table = list[list[str]]
 
 
@@ -18,7 +19,16 @@ def aligned(table: Table) -> str:
 
 def text(plan: Plan) -> str:
     """All of it."""
-    parts = [head(plan), aligned(memory_table(plan)), capacity(plan), aligned(times_table(plan)), rates(plan), saves(plan), verdict(plan)]
+    parts = [
+        head(plan),
+        aligned(memory_table(plan)),
+        capacity(plan),
+        aligned(times_table(plan)),
+        rates(plan),
+        saves(plan),
+        SLOWER,
+        verdict(plan),
+    ]
     return "\n\n".join(parts)
 
 
@@ -94,10 +104,15 @@ def rates(plan: Plan) -> str:
     """The whole run, and further facts."""
     spent = plan.times
     lines = [
-        f"{spent.step:.0f} s a rollout step, {spent.tokens_per_gpu:,.0f} sampled tokens/s/GPU; {spent.steps} steps: {spent.days:.2f} days, "
-        f"{spent.gpu_hours:,.0f} GPU-hours"
+        f"{spent.step:.0f} s a rollout step, {spent.tokens_per_gpu:,.0f} sampled tokens/s/GPU; {spent.steps} steps: {_span(spent.days)}, "
+        f"{amount(spent.gpu_hours)} GPU-hours"
     ]
     return "\n".join([*lines, *(line for keys, form in FACTS if (line := _fact(spent.facts, keys, form)))])
+
+
+def _span(days: float) -> str:
+    """Days, or hours or minutes where they are less than one."""
+    return f"{days:.2f} days" if days >= 1 else f"{24 * days:.1f} hours" if 24 * days >= 1 else f"{1440 * days:.1f} minutes"
 
 
 # what is said of the facts of planner/times.py: those that it names, in one line together

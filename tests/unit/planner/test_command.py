@@ -56,7 +56,12 @@ def test_a_candidates_values_may_have_spaces(file, simple, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more, said", [(["--search", "--top", "0"], "--top is 0"), (["--with", "model.path='a"], "quotation mark too few")]
+    "more, said",
+    [
+        (["--search", "--top", "0"], "--top is 0"),
+        (["--with", "model.path='a"], "quotation mark too few"),
+        (["--output", "/proc/nope"], "--output /proc/nope cannot be written"),
+    ],
 )
 def test_bad_options_are_one_line(file, more, said, capsys):
     assert main(["plan", str(file), *more]) == 2

@@ -101,6 +101,19 @@ def test_a_short_run_keeps_no_more_checkpoints_than_it_makes(planned):
 
 BAD = {
     "plan.nodes=null": "plan.nodes=16",
+    **{
+        f"plan.{name}={value}": f"plan.{name} is {value}: use a number from "
+        for name, values in {
+            "mixed_share": ("1.5", "nan", "0.0", "-0.1"),
+            "response_length_sigma": ("nan", "inf", "-1.0", "1000000000.0"),
+            "mean_response_length": ("-4", "0", "1000000000"),
+            "mean_prompt_length": ("0", "1000000000"),
+            "nodes": ("0", "-1"),
+            "gpus_per_node": ("0", "-8"),
+        }.items()
+        for value in values
+    },
+    "plan.gpu=V100": "H100, H200",
     "plan.gpu=H1000": "did you mean H100?",
     "plan.nodes=3": "cannot be divided by TP x PP x CP (8 x 1 x 5)",
     "plan.gpus_per_node=6": "would stand on two nodes",
