@@ -122,7 +122,7 @@ FACTS = (
     (("answers running on an engine", "answers running on an engine, at most", "scheduler steps", "seconds of a scheduler step"),
      "engines: {:.0f} answers at a time on average, {:.0f} at most; {:,.0f} scheduler steps of {:.4f} s"),
     (("updates", "micro-batches", "slots of a micro-batch", "fill", "bubble share", "model flops utilization"),
-     "training: {:.0f} updates of {:.0f} micro-batches of {:,.0f} slots, {:.1%} of them filled; bubble {:.1%}; MFU {:.1%}"),
+     "training: {:.0f} updates of {:.3g} micro-batches of {:,.0f} slots, {:.1%} of them filled; bubble {:.1%}; MFU {:.1%}"),
     (("seconds of exposed communication", "bytes synced"),
      "exposed communication: {:.1f} s a step; a sync carries {:.3g} bytes"),
     (("trained tokens a second and GPU",), "trained tokens: {:,.0f} a second and GPU"),
