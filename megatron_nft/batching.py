@@ -11,6 +11,9 @@ from megatron_nft.errors import UserError
 from megatron_nft.packing import distribute
 from megatron_nft.trajectories import Batch
 
+# Lengths of micro-batches are multiples of this: what kernels like, and few enough of them that the allocator finds its blocks again.
+LENGTH_MULTIPLE = 128
+
 
 @dataclass(frozen=True)
 class Answers:

@@ -4,6 +4,7 @@ goes on; 70 ended by the watchdog; 130 interrupted by Ctrl-C; anything else is a
 import argparse
 import errno
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
 def _plan_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--search", action="store_true", help="layouts that do better, with the reasons")
     command.add_argument("--top", type=int, default=5, metavar="N", help="of --search: how many")
-    text = "overrides of another candidate, to be put beside; may be given several times"
+    text = "overrides of another candidate, quoted as in a shell, to be put beside; may be given several times"
     command.add_argument("--with", dest="others", action="append", default=[], metavar="'key=value ...'", help=text)
     command.add_argument("--rehearse", action="store_true", help="drive the control path of a step with all ranks, without weights")
     command.add_argument("--json", action="store_true", help="all numbers as JSON; bytes and seconds")
@@ -196,11 +197,21 @@ def _preflight(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from megatron_nft.planner.command import Asked, run
 
+    if arguments.top < 1:
+        raise UserError(f"--top is {arguments.top}", "use 1 or more")
     path, overrides = arguments.config, arguments.overrides
-    others = {given: config.load(path, [*overrides, *given.split()]) for given in arguments.others}
+    others = {given: config.load(path, [*overrides, *_words(given)]) for given in arguments.others}
     asked = Asked(others, arguments.top if arguments.search else 0, arguments.json, arguments.output)
     settings = config.load(path, overrides)
     run(settings, asked, rehearse=_rehearsal if arguments.rehearse else None)
+
+
+def _words(given: str) -> list[str]:
+    """The overrides of --with, as a shell would cut them."""
+    try:
+        return shlex.split(given)
+    except ValueError as error:
+        raise UserError(f"--with {given!r} has a quotation mark too few", "close it, e.g. --with \"model.path='a b'\"") from error
 
 
 def _rehearsal(plan):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,8 @@ def run(config: Config, asked: Asked, rehearse: "Callable[[Plan], Rehearsed] | N
     """Print the plan and what else is asked for. Raises UserError, after that, where the config does not fit."""
     for one in (config, *asked.others.values()):
         check(one)
+    if asked.output:
+        _check_output(asked.output)
     from megatron_nft.planner import picture, search
     from megatron_nft.planner.plan import plan
 
@@ -52,6 +55,16 @@ def run(config: Config, asked: Asked, rehearse: "Callable[[Plan], Rehearsed] | N
             print(f"written: {', '.join(map(str, files))}", flush=True)
     if not found.fits:
         raise UserError(f"the config does not fit (estimate): {found.reasons[0]}", search.mend(found, bar))
+
+
+def _check_output(directory: Path) -> None:
+    """Make it, before the work. Raises UserError where it cannot be written to."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {directory} cannot be written to ({error.strerror})", "name another directory") from error
 
 
 def short(config: Config) -> str:

@@ -22,10 +22,13 @@ ALL_REDUCE = {1: 0.0, 2: 6e-6, 4: 9e-6, 8: 12e-6}  # seconds of vLLM's own small
 ALL_REDUCE_SHARE = 0.55  # of NVLink's rate, by messages of some MB
 SAMPLING_PASSES = 12  # times that float32 logits of the whole vocabulary are read or written: cast, temperature, log-softmax, ranks, draw
 SCHEDULER = (2.5e-3, 9e-6)  # seconds of the CPU a step, and for each running answer: vLLM V1's scheduler, input and output without overlap
-# Colocated engines go in step, by sums over all ranks on the CPU (rollout/sampler.py): gloo's ring takes 2 (n - 1) messages, one after the
-# other, and the slowest engine's step is everybody's
+# Colocated engines wait for each other in sums over ranks on the CPU: gloo's ring takes 2 (n - 1) messages, one after the other
 GLOO_HOP = 20e-6  # seconds of such a message, over loopback or Ethernet
-TELL_EVERY = 8  # scheduler steps between two such sums: as rollout/sampler.py has it
+TELL_EVERY = 8  # scheduler steps between two sums that tell of verdicts, as rollout/sampler.py has it; 1 where there is one engine
+ASK_EVERY = 8  # of these sums between two more, which ask whether the run is to stop: rollout/engine.py's
+# vLLM couples the engines of a mixture of experts: in each step they agree whether one has answers, and on the batch's size
+# (has_unfinished_dp, coordinate_batch_across_dp)
+COUPLING_SUMS = 2
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Engine:
     eager: bool
     slots: int  # answers that may run at a time
     kv_tokens: int
-    lockstep: int  # ranks that take each step together; 0: engines for themselves
+    lockstep: int  # ranks whose engines wait for each other; 0: engines for themselves
+    coupled: bool = False  # in each step, by vLLM
 
     @classmethod
     def of(cls, config: Config, hf: dict, cluster: Cluster, kv_tokens: int) -> "Engine":
@@ -65,6 +69,7 @@ class Engine:
             quantized=rollout.quantization == "fp8", eager=rollout.enforce_eager,
             slots=max(rollout.max_num_seqs, 1), kv_tokens=max(kv_tokens, longest),
             lockstep=0 if served else cluster.engines * rollout.tensor_parallel_size,
+            coupled=sizes.experts > 0 and not served,
         )  # fmt: skip
 
     def seconds(self, running: np.ndarray, context: np.ndarray, prompts: np.ndarray | float = 0.0) -> np.ndarray:
@@ -96,4 +101,16 @@ class Engine:
 
     def host(self, running: np.ndarray) -> np.ndarray:
         """Seconds of a step in which the GPU waits."""
-        return SCHEDULER[0] + SCHEDULER[1] * running + 2 * max(self.lockstep - 1, 0) * GLOO_HOP / TELL_EVERY
+        return SCHEDULER[0] + SCHEDULER[1] * running + self._sums
+
+    @property
+    def _sums(self) -> float:
+        """Seconds of a step, on average, in which engines wait for each other's numbers."""
+        engines = self.lockstep // self.tp
+        told = _sum(self.lockstep) * (1 + 1 / ASK_EVERY) / (TELL_EVERY if engines > 1 else 1)
+        return told + self.coupled * COUPLING_SUMS * _sum(engines)
+
+
+def _sum(ranks: int) -> float:
+    """Seconds of a sum over ranks on the CPU."""
+    return 2 * max(ranks - 1, 0) * GLOO_HOP

@@ -146,7 +146,9 @@ class _Fleet:
         held = self._per_engine(self._held)
         waiting = self._per_engine(self.waits) > 0
         room = np.where(waiting, 0, self.slots - self._per_engine())
-        room = np.where(held + whole > self.engine.kv_tokens, 0, room)
+        room = np.where(
+            (held > 0) & (held + whole > self.engine.kv_tokens), 0, room
+        )  # an engine with nothing to do takes a group, however long
         for _ in range(self._number_to_send()):
             engine = int(np.argmax(room))
             if room[engine] < n:

@@ -57,13 +57,12 @@ GPUS = {
 
 
 def find(name: str) -> Gpu:
-    """The GPU of that name. Raises UserError with the nearest one where there is none."""
-    if name not in GPUS:
-        near = difflib.get_close_matches(str(name).upper(), GPUS, 1)
-        raise UserError(
-            f"plan.gpu is {name!r}, which is not known", f"did you mean {near[0]}?" if near else f"use one of {', '.join(GPUS)}"
-        )
-    return GPUS[name]
+    """The GPU of that name, in capitals or not. Raises UserError with those that are known where there is none."""
+    known = str(name).upper()
+    if known not in GPUS:
+        near = difflib.get_close_matches(known, GPUS, 1)
+        raise UserError(f"plan.gpu is {name!r}", f"use one of {', '.join(GPUS)}" + (f" (did you mean {near[0]}?)" if near else ""))
+    return GPUS[known]
 
 
 def check_fp8(gpu: Gpu, asked: str) -> None:

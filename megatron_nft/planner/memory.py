@@ -3,16 +3,16 @@
 import math
 from dataclasses import dataclass, field
 
-from megatron_nft.config import Config, best_kept, max_model_len
+from megatron_nft.batching import LENGTH_MULTIPLE
+from megatron_nft.config import Config, max_model_len
 from megatron_nft.errors import UserError
 from megatron_nft.planner import engine_memory, parameters, trainer_memory
 from megatron_nft.planner.cluster import Cluster, Layout
 from megatron_nft.planner.engine_memory import Engine
-from megatron_nft.planner.holdings import MASTER, MOMENTS
+from megatron_nft.planner.saves import checkpoint_bytes
 from megatron_nft.planner.trainer_memory import Trainer
 from megatron_nft.planner.weight_stream import stream
 from megatron_nft.sizes import check_layout, check_ranks
-from megatron_nft.weights import padded_vocab_size
 
 PHASES = ("generate", "old_logprobs", "train", "sync", "save")
 # Of the vendor's figure, what a process can have: torch's out-of-memory messages tell of 79.1 GiB on an H100 or A100 of 80, 139.7 on an
@@ -26,7 +26,6 @@ _UNEVEN = {
     "account_for_loss_in_pipeline_split",
     "pipeline_model_parallel_layout",
 }
-SLOTS = 128  # policy.LENGTH_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -90,22 +89,10 @@ def layout_for(config: Config, hf: dict, cluster: Cluster) -> Layout:
     return Layout.of(config, cluster)
 
 
-def checkpoint_bytes(config: Config, hf: dict) -> dict[str, int]:
-    """Bytes on the disk: "weights" in the model's precision, "optimizer" (float32 weights and both moments), "checkpoint" (a save), and
-    "disk" while a run is under way: the newest and best that are kept, and the one that is written before an older is deleted."""
-    padded = padded_vocab_size(hf["vocab_size"], config.parallel.tensor_model_parallel_size) - hf["vocab_size"]
-    tied = parameters.table_of(hf).tied
-    count = parameters.total(hf) + padded * hf["hidden_size"] * (1 if tied else 2)
-    size = 4 if config.model.precision == "fp32" else 2
-    saved = {"weights": count * size, "optimizer": count * (MASTER + MOMENTS)}
-    checkpoint, kept = sum(saved.values()), config.checkpoint.keep + best_kept(config)
-    return saved | {"checkpoint": checkpoint, "disk": checkpoint * (kept + 1)}
-
-
 def _largest(trainer: Trainer, limit: int) -> int:
     """Slots of the largest micro-batch that fits training and old log-probs."""
     layout = trainer.layout
-    unit = math.lcm(SLOTS, 2 * layout.cp, layout.cp * layout.tp)
+    unit = math.lcm(LENGTH_MULTIPLE, 2 * layout.cp, layout.cp * layout.tp)
 
     def fits(units: int) -> bool:
         return all(sum(trainer.fullest(phase, units * unit).values()) <= limit for phase in ("train", "old_logprobs"))

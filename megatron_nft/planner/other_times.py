@@ -8,8 +8,8 @@ from megatron_nft.planner.decoding import Engine
 from megatron_nft.planner.generation import Order, simulate
 from megatron_nft.planner.holdings import MASTER, MOMENTS
 from megatron_nft.planner.kernels import moved
-from megatron_nft.planner.memory import checkpoint_bytes
 from megatron_nft.planner.parameters import total
+from megatron_nft.planner.saves import checkpoint_bytes
 from megatron_nft.planner.training_time import Training
 from megatron_nft.planner.workload import Workload
 

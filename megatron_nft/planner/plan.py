@@ -62,7 +62,7 @@ def plan(config: Config, hf: dict | None = None) -> Plan:
 def completed(config: Config, model: Model, cluster: Cluster, held: Memory) -> Plan:
     """The plan of a config whose memory is known."""
     layout, spent = Layout.of(config, cluster), times(config, model.hf, cluster, held)
-    saves = Saves.of(config, model.hf, layout, spent)
+    saves = Saves.of(config, model.hf, layout, spent.steps, spent.stall)
     return Plan(config, model.hf, model.told, cluster, layout, held, spent, saves, shortages(config, held))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from megatron_nft.planner.plan import Plan, gib
 
 LABEL = "ESTIMATE, not measured"
+SLOWER = "a real step takes likely some 1.2 times as long: docs/planner.md has published runs beside their plans"
 Table = list[list[str]]
 
 
@@ -18,7 +19,16 @@ def aligned(table: Table) -> str:
 
 def text(plan: Plan) -> str:
     """All of it."""
-    parts = [head(plan), aligned(memory_table(plan)), capacity(plan), aligned(times_table(plan)), rates(plan), saves(plan), verdict(plan)]
+    parts = [
+        head(plan),
+        aligned(memory_table(plan)),
+        capacity(plan),
+        aligned(times_table(plan)),
+        rates(plan),
+        saves(plan),
+        SLOWER,
+        verdict(plan),
+    ]
     return "\n\n".join(parts)
 
 
@@ -92,12 +102,17 @@ def times_table(plan: Plan) -> Table:
 
 def rates(plan: Plan) -> str:
     """The whole run, and further facts."""
-    spent, steps = plan.times, plan.config.train.steps
+    spent = plan.times
     lines = [
-        f"{spent.step:.0f} s a rollout step, {spent.tokens_per_gpu:,.0f} sampled tokens/s/GPU; {steps} steps: {spent.days:.2f} days, "
-        f"{spent.gpu_hours:,.0f} GPU-hours"
+        f"{spent.step:.0f} s a rollout step, {spent.tokens_per_gpu:,.0f} sampled tokens/s/GPU; {spent.steps} steps: {_span(spent.days)}, "
+        f"{amount(spent.gpu_hours)} GPU-hours"
     ]
     return "\n".join([*lines, *(line for keys, form in FACTS if (line := _fact(spent.facts, keys, form)))])
+
+
+def _span(days: float) -> str:
+    """Days, or hours or minutes where they are less than one."""
+    return f"{days:.2f} days" if days >= 1 else f"{24 * days:.1f} hours" if 24 * days >= 1 else f"{1440 * days:.1f} minutes"
 
 
 # what is said of the facts of planner/times.py: those that it names, in one line together
@@ -107,7 +122,7 @@ FACTS = (
     (("answers running on an engine", "answers running on an engine, at most", "scheduler steps", "seconds of a scheduler step"),
      "engines: {:.0f} answers at a time on average, {:.0f} at most; {:,.0f} scheduler steps of {:.4f} s"),
     (("updates", "micro-batches", "slots of a micro-batch", "fill", "bubble share", "model flops utilization"),
-     "training: {:.0f} updates of {:.0f} micro-batches of {:,.0f} slots, {:.1%} of them filled; bubble {:.1%}; MFU {:.1%}"),
+     "training: {:.0f} updates of {:.3g} micro-batches of {:,.0f} slots, {:.1%} of them filled; bubble {:.1%}; MFU {:.1%}"),
     (("seconds of exposed communication", "bytes synced"),
      "exposed communication: {:.1f} s a step; a sync carries {:.3g} bytes"),
     (("trained tokens a second and GPU",), "trained tokens: {:,.0f} a second and GPU"),

@@ -1,6 +1,7 @@
 """Seconds of a rollout step, phase by phase. All of it is an estimate: docs/planner.md has its formulas and constants, and how far from
 published runs it is."""
 
+import math
 from dataclasses import dataclass
 
 from megatron_nft.config import Config
@@ -8,7 +9,7 @@ from megatron_nft.planner import other_times
 from megatron_nft.planner.cluster import Cluster
 from megatron_nft.planner.decoding import Engine
 from megatron_nft.planner.generation import Generation, Order, simulate
-from megatron_nft.planner.memory import Memory, checkpoint_bytes
+from megatron_nft.planner.memory import Memory
 from megatron_nft.planner.training_time import BUBBLE, EXPOSED, Pass, Shape, Training
 from megatron_nft.planner.workload import Workload
 
@@ -27,6 +28,8 @@ class Times:
     tokens_per_gpu: float  # sampled tokens a second and GPU of the whole allocation, those thrown away included; trained ones are in facts
     gpu_hours: float  # of the whole run
     days: float
+    steps: int  # rollout steps of the whole run: train.steps, or as many as train.sampled_tokens allow
+    stall: float  # seconds that training waits for a save
 
 
 def times(config: Config, hf: dict, cluster: Cluster, memory: Memory) -> Times:
@@ -42,14 +45,14 @@ def times(config: Config, hf: dict, cluster: Cluster, memory: Memory) -> Times:
     weights = other_times.sync(config, training)
     every = config.evaluation.interval if config.evaluation.sets else 0
     validation = other_times.validation(config, engine, cluster.engines) / every if every else 0.0
-    saves = config.checkpoint.interval or config.train.steps
+    stall, steps = other_times.save_stall(config, training), _steps(config, generation.sampled)
     parts = {
         "generate": {"until the last group is sent": generation.seconds - generation.tail, "the last answers": generation.tail},
         "rewards": {"the last verdicts": other_times.VERDICTS},
         "old_logprobs": old.seconds,
         "train": update.times(work.updates).seconds,
         "sync": weights.parts,
-        "save": {"stall": other_times.save_stall(config, training) / saves},
+        "save": {"stall": stall / (config.checkpoint.interval or steps)},
         "other": {"validation": validation, "batching": other_times.BATCHING, "offload": other_times.offload(config, training)},
     }
     phases = {name: float(sum(seconds.values())) for name, seconds in parts.items()}
@@ -59,14 +62,15 @@ def times(config: Config, hf: dict, cluster: Cluster, memory: Memory) -> Times:
         "seconds of exposed communication": _exposed(update, old, work.updates),
         "bytes synced": weights.nbytes,
         "validation seconds": validation * every,
-        "save stall seconds": phases["save"] * saves,
         "trained tokens a second and GPU": work.kept_tokens / (step * cluster.gpus),
     }
-    steps = config.train.steps
-    if config.train.sampled_tokens is not None:
-        steps = min(steps, max(1, round(config.train.sampled_tokens / generation.sampled)))
-    days = step * steps / 86_400
-    return Times(phases, parts, facts, step, sampled, step * steps * cluster.gpus / 3600, days)
+    return Times(phases, parts, facts, step, sampled, step * steps * cluster.gpus / 3600, step * steps / 86_400, steps, stall)
+
+
+def _steps(config: Config, sampled: float) -> int:
+    """Of the whole run. sampled: tokens of a step."""
+    budget = config.train.sampled_tokens
+    return config.train.steps if budget is None else min(config.train.steps, max(1, math.ceil(budget / sampled)))
 
 
 def _step(config: Config, phases: dict[str, float]) -> float:
@@ -87,7 +91,6 @@ def _facts(config: Config, training: Training, work: Workload, shape: Shape, gen
     flops = training.model_flops(tokens, tokens * shape.length)
     train = update.total * work.updates
     gpu, sent = training.gpu, training.bytes_of_collectives(shape)
-    disk = checkpoint_bytes(config, training.hf)
     facts = {
         "flops of a step": flops,
         "model flops utilization": flops / (train * training.cluster.trainers * gpu.bf16),
@@ -110,8 +113,6 @@ def _facts(config: Config, training: Training, work: Workload, shape: Shape, gen
         "median response length": work.quantile(0.5),
         "90 % of responses below": work.quantile(0.9),
         "truncated share": work.truncated,
-        "checkpoint bytes": disk["checkpoint"],
-        "disk bytes": disk["disk"],
     }
     facts |= {f"seconds of exposed {name.removeprefix('exposed: ')} communication": update.seconds.get(name, 0.0) * work.updates
               for name in EXPOSED}  # fmt: skip

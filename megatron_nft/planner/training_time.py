@@ -12,8 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
+from megatron_nft.batching import LENGTH_MULTIPLE, place
 from megatron_nft.batching import Layout as Packing
-from megatron_nft.batching import place
 from megatron_nft.config import Config
 from megatron_nft.flops import attention_cost, attention_flops, linear_flops
 from megatron_nft.planner import kernels
@@ -23,9 +23,9 @@ from megatron_nft.planner.hardware import check_fp8
 from megatron_nft.planner.workload import SEED, Workload
 from megatron_nft.weights.layouts import Sizes, padded_vocab_size
 
-LENGTH_MULTIPLE = 128  # of micro-batches' slots: as policy/policy.py has it
 KERNELS = (30, 55)  # that PyTorch starts in a layer: forward, backward (counted in Transformer Engine's layer with flash attention)
 OVERLAPPED = 0.85  # of tensor-parallel collectives, with tp_comm_overlap: Transformer Engine's user buffers hide them behind the products
+DRAWS = 4  # mini-batches of a step that are packed: how many micro-batches they have differs from one to the next
 UPDATE_CALLS = 0.05  # seconds of an update that are none of the others: gradient norm, schedules, totals of the metrics
 ADAM_BYTES = 34  # of a parameter: gradient, main parameter, two moments read; three of them and the BF16 parameter written; norm's pass
 CPU_ADAM_RATE = 30e9  # bytes a second and GPU that the host's AdamW moves: 8 GPUs share two sockets' 350 to 600 GB/s, half of it reached
@@ -36,8 +36,8 @@ LOGIT_PASSES = (6, 10)  # times that the float32 logits are read or written: for
 class Shape:
     """Micro-batches of an update, as packing makes them of a seeded draw."""
 
-    count: int  # a replica
-    slots: int  # of each, over all context-parallel ranks
+    count: float  # a replica, on average over updates
+    slots: float  # of each, over all context-parallel ranks
     tokens: float  # that count, of each
     squares: float  # sum of the squares of its sequences' lengths, on the slowest replica
     length: float  # of the sequence that a token is in, on average
@@ -93,11 +93,11 @@ class Training:
     # ---- micro-batches
 
     def shape(self, work: Workload) -> Shape:
-        """Of an update: the packing of batching.place, of two mini-batches of answers that are drawn."""
+        """Of an update: the packing of batching.place, on average over some mini-batches of drawn answers."""
         rng, cut = np.random.default_rng(SEED), self.layout
         layout = self._packing(work.per_update)
         found = []
-        for _ in range(2):
+        for _ in range(min(DRAWS, work.updates)):
             lengths = work.prompt + work.draw(work.per_update * work.n, rng)
             lengths = np.minimum(lengths, layout.tokens_per_micro_batch // layout.sequence_multiple * layout.sequence_multiple)
             placed = place(np.arange(len(lengths)), lengths, layout)
@@ -105,9 +105,10 @@ class Training:
             count = len(placed.micro_batches[0])
             tokens = float(lengths.sum()) / (cut.dp * count)
             rest = placed.slots - tokens  # the tail of a micro-batch is a sequence of its own
-            found.append((count, placed.slots, tokens, squares / count + rest**2, float((lengths**2).sum() / lengths.sum()), placed.fill))
-        count, slots, tokens, squares, length, fill = np.mean(found, axis=0)
-        return Shape(round(count), round(slots), float(tokens), float(squares), float(length), float(fill))
+            found.append((count, placed.slots, tokens, squares / count + rest**2, float((lengths**2).sum() / lengths.sum())))
+        counts = np.array(found)[:, 0]
+        slots, tokens, squares, length = map(float, np.average(np.array(found)[:, 1:], axis=0, weights=counts))
+        return Shape(float(counts.mean()), slots, tokens, squares, length, tokens / slots)
 
     def _packing(self, groups: int) -> Packing:
         cut = self.layout
@@ -313,7 +314,7 @@ class Training:
         """The forward pass that makes them for the mini-batches after the first (the first update makes its own: trainer.py)."""
         if self.config.train.old_logprobs == "rollout" or updates < 2:
             return Pass()
-        room = (self.config.train.logprob_tokens_per_micro_batch or 0) // shape.slots
+        room = int((self.config.train.logprob_tokens_per_micro_batch or 0) // shape.slots)
         joined = max(room, 1)
         together = Shape(shape.count, shape.slots * joined, shape.tokens * joined, shape.squares * joined, shape.length, shape.fill)
         return self._through_stages(together, math.ceil(shape.count * (updates - 1) / joined), backward=False)

@@ -3,13 +3,10 @@
 import math
 
 from megatron_nft import flops
-from megatron_nft.batching import Layout
+from megatron_nft.batching import LENGTH_MULTIPLE, Layout
 from megatron_nft.config import Config
 from megatron_nft.policy import versions
 from megatron_nft.policy.topology import Topology
-
-# Lengths of micro-batches are multiples of this: what kernels like, and few enough of them that the allocator finds its blocks again.
-LENGTH_MULTIPLE = 128
 
 
 def layout(config: Config, hf: dict, topology: Topology, prompts_per_update: int) -> Layout:

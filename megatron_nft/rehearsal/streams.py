@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_nft.planner.plan import Plan
-from megatron_nft.planner.saves import WEIGHT, WIDTHS
+from megatron_nft.planner.saves import parameter_bytes
 from megatron_nft.planner.weight_stream import Stream
 from megatron_nft.policy.absent import Absent, held
 from megatron_nft.policy.topology import Topology
@@ -65,7 +65,5 @@ def _named(ranks: list[Absent], stage: int) -> list[Shard]:
 
 def checkpoint(given: Plan, ranks: list[Absent]) -> Written:
     """Files by rank: weights, and the optimizer's parameters and moments."""
-    settings = given.config.optimizer
-    dtypes = (settings.main_params_dtype, settings.exp_avg_dtype, settings.exp_avg_sq_dtype)
-    each = WEIGHT + sum(WIDTHS[name] for name in dtypes)
+    each = sum(parameter_bytes(given.config).values())
     return Written({rank.topology.rank: each * rank.written for rank in ranks if rank.written}, sum(rank.written for rank in ranks))

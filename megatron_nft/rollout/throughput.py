@@ -39,7 +39,7 @@ class Throughput:
         """A rollout begins: what the engine did since `take` (validation, log-probs of fixed prompts) is none of it."""
         self._started = time.perf_counter()
         self._steps = self._generated = self._prompt = self._preempted = 0
-        self._busy = 0.0  # seconds in the engine's steps, which begin when all engines have ended theirs
+        self._busy = 0.0  # seconds in the engine's own steps, waits for other engines left out but for a mixture's, whose steps they share
         self._running, self._waiting = [0, 0], [0, 0]  # sum over steps, maximum
         self._queries = self._hits = 0  # of the prefix cache, in tokens
         self._drafted = self._accepted = 0

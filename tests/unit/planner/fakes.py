@@ -76,4 +76,5 @@ def times(config, hf, cluster, held) -> Times:
               "save": 0.1, "other": 3.0}  # fmt: skip
     step = sum(phases.values())
     hours = step * config.train.steps * cluster.gpus / 3600
-    return Times(phases, parts, {"synced bytes": 65e9}, step, 1e9 / step / cluster.gpus, hours, step * config.train.steps / 86400)
+    return Times(phases, parts, {"synced bytes": 65e9}, step, 1e9 / step / cluster.gpus, hours, step * config.train.steps / 86400,
+                 config.train.steps, 2.0)  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_nft import config
 from megatron_nft.cli import main
-from megatron_nft.planner import command, picture, tables
+from megatron_nft.planner import command, models, picture, tables
 from tests.support import ROOT
 
 
@@ -47,6 +47,28 @@ def test_candidates_side_by_side(file, simple, capsys):
     assert "(2) rollout.tensor_parallel_size=2" in out
 
 
+def test_a_candidates_values_may_have_spaces(file, simple, capsys, tmp_path):
+    (tmp_path / "a b" / "Qwen2.5-1.5B").mkdir(parents=True)
+    (tmp_path / "a b" / "Qwen2.5-1.5B" / "config.json").write_text(json.dumps(models.find("Qwen2.5-1.5B").hf))
+    given = f"model.path='{tmp_path}/a b/Qwen2.5-1.5B' parallel.tensor_model_parallel_size=2"
+    assert main(["plan", str(file), "rollout.tensor_parallel_size=2", "--with", given]) == 0
+    assert f"(1) {given}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--search", "--top", "0"], "--top is 0"),
+        (["--with", "model.path='a"], "quotation mark too few"),
+        (["--output", "/proc/nope"], "--output /proc/nope cannot be written"),
+    ],
+)
+def test_bad_options_are_one_line(file, more, said, capsys):
+    assert main(["plan", str(file), *more]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
 def test_search_prints_overrides(file, simple, capsys, monkeypatch):
     monkeypatch.setattr("megatron_nft.planner.search._powers", lambda most: [1])  # fewer layouts
     assert main(["plan", str(file), "--search", "--top", "2"]) == 0
@@ -77,10 +99,10 @@ def test_bars_are_the_bytes(planned):
     assert axes.lines[0].get_ydata()[0] == pytest.approx(found.memory.limit / 2**30)
 
 
-def test_dry_run_says_how_to_get_a_plan(file, simple):
+def test_dry_run_says_how_to_get_a_plan(file, planned):
     assert "plan.nodes=N" in command.short(config.load(file, ["plan.nodes=null"]))
-    text = command.short(config.load(file))
-    assert text.startswith(tables.LABEL) and "376 s a rollout step" in text and text.endswith("fits")
+    text, step = command.short(config.load(file)), planned().times.step
+    assert text.startswith(tables.LABEL) and f"{step:.0f} s a rollout step" in text and text.endswith("fits")
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ import pytest
 
 from megatron_nft.config import Config
 from megatron_nft.planner import decoding, generation
+from megatron_nft.planner.cluster import Cluster
 from megatron_nft.planner.decoding import Engine
 from megatron_nft.planner.generation import Order, simulate
 from megatron_nft.planner.hardware import find
+from megatron_nft.planner.models import find as find_model
 from megatron_nft.planner.workload import Workload
 from megatron_nft.prompts import Cursor, PromptSet
 from megatron_nft.rollout import queue, sampler
@@ -130,7 +132,40 @@ def test_the_simulation_sends_writes_and_waits_as_the_queue_does(settings, monke
 
 
 def test_engines_tell_each_other_as_often_as_the_sampler_says():
-    assert decoding.TELL_EVERY == sampler.TELL_EVERY
+    assert (decoding.TELL_EVERY, decoding.ASK_EVERY) == (sampler.TELL_EVERY, sampler.ASK_EVERY)
+
+
+@pytest.mark.parametrize(
+    "lockstep, tp, coupled, hops",
+    [
+        (0, 4, False, 0),  # servers
+        (128, 4, False, 8 * 254 + 254),  # of 64 steps: every eighth tells, and once it is asked
+        (4, 4, False, 64 * 6 + 8 * 6),  # one engine: its ranks tell in each step
+        (128, 4, True, 8 * 254 + 254 + 64 * 2 * 62),  # and vLLM's own sums, over 32 engines
+    ],
+)
+def test_sums_over_ranks_in_64_steps(lockstep, tp, coupled, hops):
+    engine = replace(ENGINE, lockstep=lockstep, tp=tp, coupled=coupled)
+    alone = replace(ENGINE, lockstep=0, tp=tp)
+    assert 64 * (engine.host(10) - alone.host(10)) == pytest.approx(hops * decoding.GLOO_HOP)
+
+
+@pytest.mark.parametrize("experts, mode, coupled", [(0, "colocated", False), (8, "colocated", True), (8, "served", False)])
+def test_only_colocated_mixtures_are_coupled(experts, mode, coupled):
+    hf = find_model("Qwen2.5-1.5B").hf
+    if experts:
+        hf = hf | {"model_type": "qwen3_moe", "num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
+    config = Config()
+    config.plan.nodes, config.rollout.mode = 1, mode
+    config.rollout.served.count = 4
+    assert Engine.of(config, hf, Cluster.of(config), 10**6).coupled == coupled
+
+
+def test_an_engine_with_nothing_to_do_takes_a_group_however_long():
+    """Its prompts alone are more than the KV cache holds: some answers wait for others."""
+    work, order = replace(WORK, prompt=30, mixed=1.0), Order(24, 24, False, False, 0, False, 0, None)
+    found = simulate(work, order, replace(ENGINE, kv_tokens=110), 2)
+    assert found.kept == 24 and found.sampled > 0
 
 
 def test_alike_answers_that_all_run_at_once_take_their_length_in_steps():

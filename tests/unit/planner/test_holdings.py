@@ -13,7 +13,7 @@ import pytest
 
 from megatron_nft.planner.cluster import Layout
 from megatron_nft.planner.holdings import Stage, offloaded
-from megatron_nft.planner.memory import checkpoint_bytes
+from megatron_nft.planner.saves import checkpoint_bytes
 from megatron_nft.weights import read_json
 from tests.support import ROOT, tiny_model
 from tests.unit.planner.holdings_worker import configured

@@ -9,7 +9,7 @@ from megatron_nft.planner import parameters
 from megatron_nft.planner.cluster import Cluster, Layout
 from megatron_nft.planner.hardware import GIB
 from megatron_nft.planner.holdings import Stage
-from megatron_nft.planner.memory import PHASES, checkpoint_bytes, memory
+from megatron_nft.planner.memory import PHASES, memory
 from megatron_nft.planner.weight_stream import stream
 from tests.unit.planner.published import QWEN_7B, QWEN_30B_A3B, QWEN_32B, TP4_PP2_CP2, TP8, planned, settings, used
 
@@ -95,14 +95,6 @@ def test_more_models_are_planned(hf, more):
     found = planned(hf, 2, **{**TP8, "parallel.tensor_model_parallel_size": 4}, **experts, **more)
     assert found.phases.keys() == set(PHASES)
     assert all(isinstance(nbytes, int) and nbytes > 0 for parts in found.phases.values() for nbytes in parts.values())
-
-
-def test_checkpoints():
-    config = settings(**TP8)
-    config.checkpoint.keep, config.checkpoint.keep_best = 2, 1
-    found = checkpoint_bytes(config, QWEN_32B)
-    assert found["weights"] == 2 * 32_763_876_352 and found["checkpoint"] == 14 * 32_763_876_352
-    assert found["disk"] == 4 * found["checkpoint"]  # the new one is written before an old one goes
 
 
 @pytest.mark.parametrize(

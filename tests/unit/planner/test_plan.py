@@ -7,7 +7,7 @@ import pytest
 from megatron_nft import config
 from megatron_nft.config import load
 from megatron_nft.errors import UserError
-from megatron_nft.planner import models
+from megatron_nft.planner import models, tables
 from megatron_nft.planner.models import find
 from megatron_nft.planner.parameters import total
 from megatron_nft.planner.plan import plan
@@ -65,7 +65,33 @@ def test_checkpoints_of_the_whole_run(planned):
     assert found.largest_file * 8 >= found.checkpoint
     assert found.export == 2 * QWEN_32B
     assert found.disk == 4 * found.checkpoint + found.answers + found.export  # while the fourth is being written
-    assert found.stall == pytest.approx(0.1 * 20)  # the fake's share of a step
+    assert found.stall == 2  # the fake's
+
+
+@pytest.mark.parametrize("precision, weight", [("auto", 2), ("fp16", 2), ("fp32", 4)])
+def test_a_checkpoint_has_the_same_size_wherever_it_is_told(hf, precision, weight):
+    """Weights as they are trained and the optimizer's state in float32, whatever it is held in, with the rows that pad the vocabulary."""
+    own = config.Config()
+    own.plan.nodes, own.model.precision, own.parallel.tensor_model_parallel_size, own.train.steps = 16, precision, 8, 40
+    own.optimizer.use_precision_aware_optimizer, own.optimizer.exp_avg_dtype, own.optimizer.exp_avg_sq_dtype = True, "bf16", "bf16"
+    found = plan(own, hf | {"vocab_size": 152_063})
+    assert found.saves.checkpoint == (weight + 12) * QWEN_32B == found.memory.facts["checkpoint bytes"]
+    assert found.saves.export == weight * (QWEN_32B - 2 * 5120)
+    assert found.saves.disk == found.saves.checkpoint + found.saves.answers + found.saves.export  # one save, at the end
+    assert not any("disk" in name for name in (found.memory.facts | found.times.facts))
+
+
+def test_a_run_that_ends_by_its_tokens_has_fewer_steps_and_saves(hf):
+    own = config.Config()
+    own.plan.nodes, own.parallel.tensor_model_parallel_size, own.rollout.tensor_parallel_size = 16, 8, 4
+    own.checkpoint.interval, own.checkpoint.keep = 1, 9
+    own.train.steps = 100
+    whole = plan(own, hf)
+    own.train.sampled_tokens = int(2.5 * whole.times.facts["sampled tokens"])
+    found = plan(own, hf)
+    assert (found.times.steps, found.saves.count, found.saves.kept) == (3, 3, 3)
+    assert found.saves.answers == pytest.approx(3 / 100 * whole.saves.answers)
+    assert "; 3 steps: " in tables.rates(found)
 
 
 def test_a_short_run_keeps_no_more_checkpoints_than_it_makes(planned):
@@ -75,6 +101,19 @@ def test_a_short_run_keeps_no_more_checkpoints_than_it_makes(planned):
 
 BAD = {
     "plan.nodes=null": "plan.nodes=16",
+    **{
+        f"plan.{name}={value}": f"plan.{name} is {value}: use a number from "
+        for name, values in {
+            "mixed_share": ("1.5", "nan", "0.0", "-0.1"),
+            "response_length_sigma": ("nan", "inf", "-1.0", "1000000000.0"),
+            "mean_response_length": ("-4", "0", "1000000000"),
+            "mean_prompt_length": ("0", "1000000000"),
+            "nodes": ("0", "-1"),
+            "gpus_per_node": ("0", "-8"),
+        }.items()
+        for value in values
+    },
+    "plan.gpu=V100": "H100, H200",
     "plan.gpu=H1000": "did you mean H100?",
     "plan.nodes=3": "cannot be divided by TP x PP x CP (8 x 1 x 5)",
     "plan.gpus_per_node=6": "would stand on two nodes",

@@ -204,3 +204,14 @@ def test_a_decoding_step_reads_weights_and_cache():
     assert float(engine.seconds(0, 0)) == 0
     together = dataclasses.replace(engine, lockstep=128)
     assert float(together.seconds(1, 0)) > alone
+
+
+@pytest.mark.parametrize("per_update, tokens", [(24, 16_384), (64, 24_000)])
+def test_micro_batches_hold_the_tokens_of_an_update(per_update, tokens):
+    """On average over updates, however few micro-batches a replica has."""
+    config = config_of()
+    config.rollout.prompts_per_step, config.train.prompts_per_update, config.train.tokens_per_micro_batch = 512, per_update, tokens
+    work, training = Workload.of(config), Training(config, HF, Cluster.of(config))
+    shape = training.shape(work)
+    held = shape.count * shape.slots * shape.fill * training.layout.dp
+    assert held == pytest.approx(work.kept_tokens / work.updates, rel=0.03)
