@@ -11,6 +11,7 @@ from typing import Self
 from megatron_nft import batching, objectives, policy, prompts, rollout, saves, watchdog
 from megatron_nft.balance import Balance
 from megatron_nft.config import Config, check_budget, max_model_len, save
+from megatron_nft.errors import gpus_elsewhere
 from megatron_nft.evaluation import evaluate
 from megatron_nft.logbook import Logbook, check_writable, held, remove_later
 from megatron_nft.policy import checkpoint, exchange
@@ -43,8 +44,11 @@ def train(config: Config, stop: StopRequest) -> None:
 
 
 def dry_run(config: Config) -> None:
-    """Check everything that can be checked without a model in memory, and print what was found."""
-    given = Given.load(config)
+    """Check everything that can be checked without a model in memory, and print what was found. Settings for GPUs pass without one."""
+    with gpus_elsewhere() as noted:
+        given = Given.load(config)
+    for problem in noted:
+        print(f"for a machine with GPUs: {problem}")
     if not config.replay:
         Judge.for_config(config).close()
     print(f"{len(given.prompts)} training prompts, dropped: {given.prompts.dropped}; {given.prompts.length_table}")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron_nft.config import Config
-from megatron_nft.errors import UserError
+from megatron_nft.errors import UserError, needs_gpu
 from megatron_nft.policy import model, optimizer, settings, versions
 from megatron_nft.sizes import expert_tensor_size
 from megatron_nft.weights import load_weights, table_for
@@ -42,9 +42,10 @@ def _check_fp8(hf: dict, config: Config) -> None:
     """FP8 multiplications have sides that divide by 16 (32 for mxfp8), on every rank."""
     if config.model.fp8 is None:
         return
+    if not torch.cuda.is_available():
+        return needs_gpu(f"model.fp8 is {config.model.fp8}, but there is no GPU", "set model.fp8=null, or run where there is one")
     if not versions.have_transformer_engine():
-        what = "Transformer Engine is not installed" if torch.cuda.is_available() else "there is no GPU"
-        raise UserError(f"model.fp8 is {config.model.fp8}, but {what}", "set model.fp8=null, or run where both are there")
+        raise UserError(f"model.fp8 is {config.model.fp8}, but Transformer Engine is not installed", "install it, or set model.fp8=null")
     if settings.precision_of(config.model.precision) != "bf16":
         raise UserError(f"model.fp8 is {config.model.fp8} and the precision is not bf16", "set model.precision=bf16")
     side = versions.fp8_side(config.model.fp8_recipe)
@@ -71,7 +72,7 @@ def _fp8_sizes(hf: dict, config: Config) -> dict[str, float]:
 
 def _check_optimizer(config: Config) -> None:
     if config.optimizer.optimizer_cpu_offload and not torch.cuda.is_available():
-        raise UserError("optimizer.optimizer_cpu_offload is on, but there is no GPU to offload from", "set it to false")
+        needs_gpu("optimizer.optimizer_cpu_offload is on, but there is no GPU to offload from", "set it to false")
     if config.optimizer.use_precision_aware_optimizer and not versions.have_transformer_engine():
         raise UserError(
             "optimizer.use_precision_aware_optimizer is on, but Transformer Engine, whose FusedAdam it needs, is not in use",

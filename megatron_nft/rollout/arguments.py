@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 
 from megatron_nft.config import RolloutConfig
-from megatron_nft.errors import UserError
+from megatron_nft.errors import UserError, needs_gpu
 from megatron_nft.rollout.settings import set_environment
 from megatron_nft.weights import is_checkpoint
 
@@ -106,9 +106,9 @@ def _check_cpu(rollout: RolloutConfig) -> None:
         "cudagraph_mode": "there is no GPU",
     }.items():
         if value := getattr(rollout, key):
-            raise UserError(f"rollout.{key} is {value}, and {why}", "leave it out")
+            needs_gpu(f"rollout.{key} is {value}, and {why}", "leave it out")
     if rollout.kv_cache_dtype.startswith("fp8") and not torch.cpu._is_avx512_supported():
-        raise UserError(f"rollout.kv_cache_dtype is {rollout.kv_cache_dtype}, and this CPU has no AVX-512, which vLLM needs", "use auto")
+        needs_gpu(f"rollout.kv_cache_dtype is {rollout.kv_cache_dtype}, and this CPU has no AVX-512, which vLLM needs", "use auto")
 
 
 def _check_names(rollout: RolloutConfig) -> None:

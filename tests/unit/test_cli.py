@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_nft import report
 from megatron_nft.cli import main
@@ -170,6 +171,16 @@ def test_a_dry_run_says_what_it_found_and_writes_nothing(folder, capsys):
     assert "1 training prompts" in out and "1 validation problems in data" in out and not err
     assert "tokens: median" in out and "(end of the prompt)" in out and "gold" in out
     assert not (folder / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_dry_run_lets_settings_for_gpus_pass_and_names_them(folder, capsys):
+    settings = ["rollout.quantization=fp8", "optimizer.optimizer_cpu_offload=true", "model.fp8=hybrid"]
+    assert main(["train", str(folder / "config.yaml"), "--dry-run", *settings]) == 0
+    noted = [line for line in capsys.readouterr().out.splitlines() if line.startswith("for a machine with GPUs: ")]
+    assert sorted(line.split()[5].split(".")[-1] for line in noted) == ["fp8", "optimizer_cpu_offload", "quantization"]
+    for setting in settings:
+        assert setting.split("=")[0] in refused(capsys, "train", str(folder / "config.yaml"), setting)
 
 
 def test_the_process_exits_with_2_and_no_traceback(folder):
