@@ -3,10 +3,10 @@
 #   cluster.sh up DIR      then: export SLURM_CONF=DIR/slurm.conf
 #   cluster.sh down DIR    ends its jobs and daemons, and removes DIR
 # Partition cpu: node1 and node2, whose slurmd run in mount and UTS namespaces of their own, so that each has its hostname, resolves the
-# other's, and has a disk of its own at DIR/local; each has 8 CPUs, and two GPUs that no program finds. Partition gpu: 16 nodes of 8 GPUs that
-# exist on paper, for `sbatch --test-only`.
+# other's, and has a disk of its own at DIR/local; each has 8 CPUs, and two GPUs that no program finds. Partition gpu: 16 nodes of 8 GPUs, for
+# `sbatch --test-only`, of which nothing exists but a slurmd that says so.
 set -euo pipefail
-command=$1 D=$(readlink -m "$2") nodes=2 paper=h100-[1-16]
+command=$1 D=$(readlink -m "$2") nodes=2 paper=16
 export SLURM_CONF=$D/slurm.conf
 
 free_ports() { # the first of $1 free ports in a row, below those of the jobs' ranks and those that the kernel hands out
@@ -22,7 +22,7 @@ free_ports() { # the first of $1 free ports in a row, below those of the jobs' r
 
 configure() {
   local first i
-  first=$(free_ports $((nodes + 1)))
+  first=$(free_ports $((nodes + paper + 1)))
   cat >"$SLURM_CONF" <<C
 ClusterName=throwaway
 SlurmctldHost=$(hostname -s)(127.0.0.1)
@@ -50,16 +50,17 @@ FirstJobId=$((1 + RANDOM))
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0
 JobRequeue=1
 KillWait=20
-# nobody asks whether the nodes on paper are alive
-SlurmdTimeout=0
 MinJobAge=3600
 GresTypes=gpu
-NodeName=$paper CPUs=128 CoresPerSocket=64 Sockets=2 RealMemory=1900000 Gres=gpu:8 Port=9 NodeAddr=127.0.0.1
-PartitionName=gpu Nodes=$paper MaxTime=INFINITE
+PartitionName=gpu Nodes=h100-[1-$paper] MaxTime=INFINITE
 PartitionName=cpu Nodes=node[1-$nodes] Default=YES MaxTime=INFINITE
 C
-  for i in 0 1; do mknod "$D/nvidia$i" c 1 3; done # Slurm hands them out as GPUs; no program finds one
-  echo "NodeName=node[1-$nodes] Name=gpu File=$D/nvidia[0-1]" >"$D/gres.conf"
+  for i in {0..7}; do mknod "$D/nvidia$i" c 1 3; done # Slurm hands them out as GPUs; no program finds one
+  printf 'NodeName=%s Name=gpu File=%s\n' "node[1-$nodes]" "$D/nvidia[0-1]" "h100-[1-$paper]" "$D/nvidia[0-7]" >"$D/gres.conf"
+  for ((i = 1; i <= paper; i++)); do
+    echo "NodeName=h100-$i NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((first + nodes + i)) CPUs=128 CoresPerSocket=64" \
+      "Sockets=2 RealMemory=1900000 Gres=gpu:8" >>"$SLURM_CONF"
+  done
   printf '127.0.0.1 localhost %s\n' "$(hostname)" >"$D/hosts"
   for ((i = 1; i <= nodes; i++)); do
     echo "NodeName=node$i NodeAddr=127.0.1.$i Port=$((first + i)) CPUs=8 RealMemory=4000 Gres=gpu:2" >>"$SLURM_CONF"
@@ -83,12 +84,9 @@ up() {
     unshare --mount --uts --propagation private bash -ec "hostname node$i; mount --bind '$D/hosts' /etc/hosts
       mount -t tmpfs -o size=64m node$i '$D/local'; exec slurmd -c -N node$i"
   done
-  for ((i = 0; i < 150; i++)); do
-    if [ "$(sinfo -h -p cpu -t idle -o %D 2>/dev/null)" = $nodes ]; then
-      scontrol update nodename="$paper" state=down reason="exists on paper" # from "unknown"
-      scontrol update nodename="$paper" state=idle
-      return
-    fi
+  for ((i = 1; i <= paper; i++)); do slurmd -c -N "h100-$i"; done
+  for ((i = 0; i < 300; i++)); do
+    if [ "$(sinfo -h -N -t idle -r -o %N 2>/dev/null | wc -l)" = $((nodes + paper)) ]; then return; fi
     sleep 0.2
   done
   tail -n 30 "$D"/*.log >&2

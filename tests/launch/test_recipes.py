@@ -107,7 +107,8 @@ def test_overrides_of_the_command_line_and_variables_arrive(home):
 
 def test_over_ssh_a_dry_run_connects_to_nothing(home):
     tunnel = [f"run.executor.tunnel.{w}" for w in ("host=login.invalid", "user=me", "job_dir=/scratch/me/jobs")]
-    batch, task = dry_run(home, "nft_32b", "run.executor=slurm_ssh", *tunnel, "checkout=/scratch/me/nft")
+    batch, task = dry_run(home, "nft_32b", "run.executor=slurm_ssh", *tunnel, "checkout=/scratch/me/nft",
+                          environment=(("VENV", "/scratch/me/venv"),))  # fmt: skip
     assert flags(batch)["output"].startswith("/scratch/me/jobs/nft_32b/")
     assert "checkout=/scratch/me/nft\n" in batch and "cd /scratch/me/nft\n" in task
     assert str(ROOT) not in batch + task
