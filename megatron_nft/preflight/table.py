@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_nft.config import Config
-from megatron_nft.planner.memory import checkpoint_bytes
+from megatron_nft.config import Config, best_kept
 from megatron_nft.planner.models import find
+from megatron_nft.planner.saves import checkpoint_bytes
 from megatron_nft.policy.devices import Exchange
 from megatron_nft.preflight import nodes
 from megatron_nft.preflight.together import Place
@@ -68,9 +68,9 @@ def _layout(settings: Config, trainers: int) -> str:
 def warnings(found: Found) -> Iterator[str]:
     """What a run can begin with and may come to regret."""
     gpus, disk, saved = bool(found.gpus), nodes.room(found.settings.run_dir), _saved(found)
-    if disk < saved["disk"]:
-        kept = saved["disk"] // saved["checkpoint"]
-        yield f"{_gib(disk)} are free in run_dir; {kept} checkpoints, one of them being written, take some {_gib(saved['disk'])}"
+    kept = found.settings.checkpoint.keep + best_kept(found.settings) + 1  # one is being written
+    if disk < (needed := kept * saved):
+        yield f"{_gib(disk)} are free in run_dir; {kept} checkpoints, one of them being written, take some {_gib(needed)}"
     if gpus and min(found.cpus) < LEAST_CPUS:
         yield f"a rank has {min(found.cpus)} CPUs, {LEAST_CPUS} are better: ask for whole nodes (--exclusive), or for --cpus-per-task"
     if gpus and found.shared_memory < LEAST_SHARED_MEMORY:
@@ -80,12 +80,12 @@ def warnings(found: Found) -> Iterator[str]:
         yield f"less than {least} GB/s of bus bandwidth: with NCCL_DEBUG=INFO NCCL says which network it took"
 
 
-def _saved(found: Found) -> dict[str, int]:
-    """Bytes of a checkpoint, and of all of a run's at a time."""
+def _saved(found: Found) -> int:
+    """Bytes of a checkpoint."""
     settings = found.settings
     if settings.model.precision == "auto":
         settings = replace(settings, model=replace(settings.model, precision="bf16" if found.gpus else "fp32"))
-    return checkpoint_bytes(settings, find(settings.model.path).hf)
+    return checkpoint_bytes(settings, find(settings.model.path).hf)["checkpoint"]
 
 
 def _gib(count: float) -> str:
