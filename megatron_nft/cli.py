@@ -71,18 +71,11 @@ def parser() -> argparse.ArgumentParser:
             text = "print the settings and where they come from, check all that needs no model in memory, and stop"
             command.add_argument("--dry-run", action="store_true", help=text)
         if name == "preflight":
-            command.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="GPUs that each node must show; default: 0")
-            command.add_argument("--trainers", type=int, metavar="N", help="ranks that will train, beside servers; default: all")
-            text = "let a run that is resumed have other settings than it began with"
-            command.add_argument("--changed", action="store_true", help=text)
+            _preflight_arguments(command)
         if name == "plan":
             _plan_arguments(command)
         if name == "contamination":
-            command.add_argument("--words", type=int, default=13, metavar="N", help="a run of so many words in common touches a problem")
-            text = "for --ids: the least share of a problem's runs that a training question has"
-            command.add_argument("--share", type=float, default=0.5, metavar="S", help=text)
-            command.add_argument("--output", type=Path, metavar="FILE", help="all pairs as JSON; default: run_dir/contamination.json")
-            command.add_argument("--ids", type=Path, metavar="FILE", help="write the training prompts to leave out with data.exclude")
+            _contamination_arguments(command)
     convert = commands.add_parser("convert", help="Hugging Face <-> Megatron checkpoints")
     kinds = convert.add_subparsers(required=True, metavar="KIND")
     for name, source in (("hf-to-megatron", "HF_DIR"), ("megatron-to-hf", "CHECKPOINT_DIR"), ("verify", "HF_DIR")):
@@ -109,6 +102,21 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument("--markdown", action="store_true", help="the tables as markdown")
     compare.set_defaults(run=_compare)
     return top
+
+
+def _preflight_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="GPUs that each node must show; default: 0")
+    command.add_argument("--trainers", type=int, metavar="N", help="ranks that will train, beside servers; default: all")
+    text = "let a run that is resumed have other settings than it began with"
+    command.add_argument("--changed", action="store_true", help=text)
+
+
+def _contamination_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--words", type=int, default=13, metavar="N", help="a run of so many words in common touches a problem")
+    text = "for --ids: the least share of a problem's runs that a training question has"
+    command.add_argument("--share", type=float, default=0.5, metavar="S", help=text)
+    command.add_argument("--output", type=Path, metavar="FILE", help="all pairs as JSON; default: run_dir/contamination.json")
+    command.add_argument("--ids", type=Path, metavar="FILE", help="write the training prompts to leave out with data.exclude")
 
 
 def _plan_arguments(command: argparse.ArgumentParser) -> None:

@@ -89,10 +89,14 @@ def layout_for(config: Config, hf: dict, cluster: Cluster) -> Layout:
     return Layout.of(config, cluster)
 
 
+def slot_multiple(tp: int, cp: int) -> int:
+    """Slots of micro-batches that are looked at are multiples of this: all ranks can share them."""
+    return math.lcm(LENGTH_MULTIPLE, 2 * cp, cp * tp)
+
+
 def _largest(trainer: Trainer, limit: int) -> int:
     """Slots of the largest micro-batch that fits training and old log-probs."""
-    layout = trainer.layout
-    unit = math.lcm(LENGTH_MULTIPLE, 2 * layout.cp, layout.cp * layout.tp)
+    unit = slot_multiple(trainer.layout.tp, trainer.layout.cp)
 
     def fits(units: int) -> bool:
         return all(sum(trainer.fullest(phase, units * unit).values()) <= limit for phase in ("train", "old_logprobs"))

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from megatron_nft.config import Config, max_model_len
+from megatron_nft.config import Config
 from megatron_nft.planner.cluster import Cluster, Layout
 from megatron_nft.planner.memory import Memory, memory
 from megatron_nft.planner.models import Model
@@ -68,15 +68,13 @@ def completed(config: Config, model: Model, cluster: Cluster, held: Memory) -> P
 
 def shortages(config: Config, held: Memory) -> list[str]:
     """What does not fit, and by how much, the worst first."""
-    places = dict(held.phases) | ({"the servers": held.servers} if held.servers else {})
-    over = {phase: sum(parts.values()) - held.limit for phase, parts in places.items()}
     found = [
-        f"{phase} needs {gib(held.limit + too_many)} GiB of {gib(held.limit)} on the fullest GPU, {gib(too_many)} too many"
-        for phase, too_many in sorted(over.items(), key=lambda item: -item[1]) if too_many > 0
-    ]  # fmt: skip
-    longest = max_model_len(config)
-    if held.kv_tokens < longest:
-        found.append(f"the KV cache of an engine holds {held.kv_tokens:,} tokens, the longest prompt with its answer {longest:,}")
+        f"{'the servers' if phase == 'servers' else phase} needs {gib(held.limit + too_many)} GiB of {gib(held.limit)} on the fullest GPU, "
+        f"{gib(too_many)} too many"
+        for phase, too_many in sorted(held.over.items(), key=lambda item: -item[1])
+    ]
+    if held.kv_tokens < held.window:
+        found.append(f"the KV cache of an engine holds {held.kv_tokens:,} tokens, the longest prompt with its answer {held.window:,}")
     if not found and held.longest_response < config.rollout.max_tokens:
         found.append(
             f"the longest response that fits has {held.longest_response:,} tokens, rollout.max_tokens is {config.rollout.max_tokens:,}"

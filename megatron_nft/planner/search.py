@@ -17,7 +17,7 @@ from megatron_nft.config import Config, check
 from megatron_nft.errors import UserError
 from megatron_nft.planner import tables
 from megatron_nft.planner.cluster import Cluster
-from megatron_nft.planner.memory import Memory, memory
+from megatron_nft.planner.memory import Memory, memory, slot_multiple
 from megatron_nft.planner.models import Model
 from megatron_nft.planner.plan import Plan, completed, gib, shortages
 from megatron_nft.weights.layouts import Sizes
@@ -159,7 +159,7 @@ def _virtual_sizes(layers: int, pp: int) -> list[int | None]:
 def _token_counts(config: Config, tp: int, cp: int) -> list[int]:
     """The config's own micro-batch, the shortest possible, and multiples of it, as all ranks can share them."""
     least = config.data.max_prompt_length + config.rollout.max_tokens
-    multiple = math.lcm(128, 2 * cp, tp * cp)
+    multiple = slot_multiple(tp, cp)
     return sorted({-(-tokens // multiple) * multiple for tokens in (config.train.tokens_per_micro_batch, least, 2 * least, 4 * least)})
 
 
@@ -198,8 +198,7 @@ def _engine_changes(given: Plan) -> Iterator[Changes]:
 def _single_changes(given: Plan) -> Iterator[Changes]:
     """Changes of one setting, of which any might do."""
     config = given.config
-    multiple = math.lcm(128, 2 * given.layout.cp, given.layout.tp * given.layout.cp)
-    most = given.memory.largest_micro_batch // multiple * multiple
+    most = given.memory.largest_micro_batch
     if config.data.max_prompt_length + config.rollout.max_tokens <= most < config.train.tokens_per_micro_batch:
         yield {"train.tokens_per_micro_batch": most}
     for offload in OFFLOADS:

@@ -7,7 +7,7 @@ m micro-batches a replica, p stages, v chunks of layers a stage (1F1B and its in
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -41,7 +41,20 @@ class Shape:
     tokens: float  # that count, of each
     squares: float  # sum of the squares of its sequences' lengths, on the slowest replica
     length: float  # of the sequence that a token is in, on average
-    fill: float
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, replicas: list[list[list[int]]], slots: int) -> "Shape":
+        """Of one mini-batch. lengths: of answers with their prompts, by number; replicas: their numbers in each replica's micro-batches."""
+        count, own = len(replicas[0]), lengths[[number for bins in replicas for members in bins for number in members]]
+        tokens = float(own.sum()) / (len(replicas) * count)
+        slowest = max(sum(float((lengths[members] ** 2).sum()) for members in bins) for bins in replicas)
+        rest = slots - tokens  # the tail of a micro-batch is a sequence of its own
+        return cls(count, slots, tokens, slowest / count + rest**2, float((own**2).sum() / own.sum()))
+
+    @property
+    def fill(self) -> float:
+        """Share of the slots that hold a token."""
+        return self.tokens / self.slots
 
 
 @dataclass
@@ -94,21 +107,16 @@ class Training:
 
     def shape(self, work: Workload) -> Shape:
         """Of an update: the packing of batching.place, on average over some mini-batches of drawn answers."""
-        rng, cut = np.random.default_rng(SEED), self.layout
+        rng = np.random.default_rng(SEED)
         layout = self._packing(work.per_update)
         found = []
         for _ in range(min(DRAWS, work.updates)):
             lengths = work.prompt + work.draw(work.per_update * work.n, rng)
             lengths = np.minimum(lengths, layout.tokens_per_micro_batch // layout.sequence_multiple * layout.sequence_multiple)
             placed = place(np.arange(len(lengths)), lengths, layout)
-            squares = max(sum(float((lengths[b] ** 2).sum()) for b in bins) for bins in placed.micro_batches)
-            count = len(placed.micro_batches[0])
-            tokens = float(lengths.sum()) / (cut.dp * count)
-            rest = placed.slots - tokens  # the tail of a micro-batch is a sequence of its own
-            found.append((count, placed.slots, tokens, squares / count + rest**2, float((lengths**2).sum() / lengths.sum())))
+            found.append(astuple(Shape.of(lengths, placed.micro_batches, placed.slots)))
         counts = np.array(found)[:, 0]
-        slots, tokens, squares, length = map(float, np.average(np.array(found)[:, 1:], axis=0, weights=counts))
-        return Shape(float(counts.mean()), slots, tokens, squares, length, tokens / slots)
+        return Shape(float(counts.mean()), *map(float, np.average(np.array(found)[:, 1:], axis=0, weights=counts)))
 
     def _packing(self, groups: int) -> Packing:
         cut = self.layout
@@ -316,7 +324,7 @@ class Training:
             return Pass()
         room = int((self.config.train.logprob_tokens_per_micro_batch or 0) // shape.slots)
         joined = max(room, 1)
-        together = Shape(shape.count, shape.slots * joined, shape.tokens * joined, shape.squares * joined, shape.length, shape.fill)
+        together = replace(shape, slots=shape.slots * joined, tokens=shape.tokens * joined, squares=shape.squares * joined)
         return self._through_stages(together, math.ceil(shape.count * (updates - 1) / joined), backward=False)
 
     # ---- figures

@@ -89,10 +89,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Topology:
     numpy.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    data_rank = torch.tensor([_data_rank()], device=device())
-    everyone = [torch.zeros_like(data_rank) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, data_rank)
-    return place(parallel, tuple(int(r) for r in everyone))
+    return place(parallel, tuple(int(rank) for [rank] in gathered([_data_rank()])))
 
 
 def make_groups(parallel: ParallelConfig, **more) -> None:
@@ -175,7 +172,7 @@ def gathered(values: list[float]) -> list[list[float]]:
 
 
 def host() -> str:
-    """This rank's machine: Slurm's name of the node, or the host's."""
+    """This rank's machine: Slurm's own name of the node, which its commands take, or the host's."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 

@@ -1,7 +1,6 @@
 """Ranks that look at something each, and decide together: a fault that one rank finds ends all of them, and leaves none waiting."""
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,6 +9,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_nft.errors import UserError, first_line
+from megatron_nft.policy.topology import host
 
 T = TypeVar("T")
 
@@ -23,8 +23,8 @@ class Place:
 
     @classmethod
     def here(cls) -> "Place":
-        """By the launcher's environment. Slurm's own name of a node is the one that its commands take."""
-        return cls(int(os.environ.get("RANK", "0")), os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+        """By the launcher's environment."""
+        return cls(int(os.environ.get("RANK", "0")), host())
 
     def __str__(self) -> str:
         return f"{self.host} (rank {self.rank})"

@@ -92,23 +92,12 @@ def rehearse(plan: Plan) -> Rehearsal:
 def _seconds(plan: Plan, sampled: Sampled, batched: Batched) -> tuple[dict[str, float], float]:
     """By phase, and the bubble's: the planner's hardware, the rehearsal's micro-batches and scheduler steps."""
     training = Training(plan.config, plan.hf, plan.cluster)
-    shapes = [_shape(batched, number) for number in range(len(batched.plan.mini_batches))]
+    shapes = [Shape.of(batched.answers.lengths, mini.micro_batches, mini.slots) for mini in batched.plan.mini_batches]
     updates = [training.update(shape) for shape in shapes]
     old = [training.old_logprobs(shape, 2).total for shape in shapes[1:]]  # 2: the pass over one mini-batch behind the first
     found = {"generate": sampled.seconds, "old_logprobs": float(sum(old)), "train": float(sum(one.total for one in updates))}
     phases = {name: found.get(name, seconds) for name, seconds in plan.times.phases.items()}
     return phases, float(sum(one.seconds.get(BUBBLE, 0.0) for one in updates))
-
-
-def _shape(batched: Batched, number: int) -> Shape:
-    """A mini-batch as the planner's model of training takes it."""
-    mini, all_lengths = batched.plan.mini_batches[number], batched.answers.lengths
-    lengths = all_lengths[mini.answers].astype(float)
-    count, replicas = batched.counts[number], len(mini.micro_batches)
-    tokens = float(lengths.sum()) / (replicas * count)
-    slowest = max(sum(float((all_lengths[batch].astype(float) ** 2).sum()) for batch in replica) for replica in mini.micro_batches)
-    squares = slowest / count + (mini.slots - tokens) ** 2  # the tail of a micro-batch is a sequence of its own
-    return Shape(count, mini.slots, tokens, squares, float((lengths**2).sum() / lengths.sum()), mini.fill)
 
 
 def _compared(plan, sampled, batched, streamed, written, seconds, bubble, ranks) -> list[Compared]:

@@ -103,9 +103,7 @@ class Engine:
         self.throughput = Throughput(self._engine)
         self._mixture = expert_count(self._llm.model_config.hf_config.to_dict()) > 0
         if not self._mixture:
-            # Engines of a dense model have nothing to tell each other. vLLM itself takes them so where it starts them, and only couples
-            # those of an external launcher: by a reduction in each step, which one that has nothing to write would not join.
-            self._engine.vllm_config.parallel_config.data_parallel_size = 1
+            self._go_alone()
         self._has_draft = has_draft_model(rollout.speculative_config)
         self._scaled = rollout.calculate_kv_scales and rollout.kv_cache_dtype in kv_scales.DTYPES
         self._scales_from: list[list[int]] = []
@@ -115,6 +113,11 @@ class Engine:
         self.rounds_head = any(self._llm.apply_model(rounds_head))
         if is_checkpoint(model_path) and not weights_follow:
             self.sync(read_buckets(load_weights(model_path)), version=0)
+
+    def _go_alone(self) -> None:
+        """Engines of a dense model have nothing to tell each other. vLLM itself takes them so where it starts them, and only couples those
+        of an external launcher: by a reduction in each step, which one that has nothing to write would not join."""
+        self._engine.vllm_config.parallel_config.data_parallel_size = 1
 
     def generate(self, requests: list[Request], on_finish: Callable[[int, Response], None] | None = None) -> list[Response]:
         """Sample one Response for each request, in the order of the requests.

@@ -1,10 +1,9 @@
 """Simple stand-ins for the planner's memory and time models, with the same trade-offs as the real ones: what stands on top of them is
 tested against numbers that a reader can work out."""
 
-from dataclasses import dataclass, field
-
+from megatron_nft.config import max_model_len
 from megatron_nft.planner.cluster import Layout
-from megatron_nft.planner.memory import Memory
+from megatron_nft.planner.memory import Memory, slot_multiple
 from megatron_nft.planner.parameters import total as parameter_count
 from megatron_nft.planner.times import Times
 
@@ -17,18 +16,6 @@ OFFLOAD = {
     "optimizer": (0.0, 0.0, 1.0),
     "all": (0.0, 0.0, 0.0),
 }
-
-
-@dataclass(frozen=True)
-class Held(Memory):
-    """A Memory that fits where every phase is within the limit."""
-
-    worst: int = 0
-    unused: list = field(default_factory=list)
-
-    @property
-    def fits(self) -> bool:
-        return self.worst <= self.limit
 
 
 def memory(config, hf, cluster) -> Memory:
@@ -54,10 +41,10 @@ def memory(config, hf, cluster) -> Memory:
     }
     kv_tokens = max(engine - weights, 0) // kv
     room = limit - sum(state.values())
-    micro = max(int(room * own.tp * own.cp / per_token), 0)
+    unit = slot_multiple(own.tp, own.cp)
+    micro = max(int(room * own.tp * own.cp / per_token), 0) // unit * unit
     longest = max(min(kv_tokens, micro) - config.data.max_prompt_length, 0)
-    worst = max(sum(parts.values()) for parts in phases.values())
-    return Held(phases, {}, {"pinned": 2**30}, limit, kv_tokens, micro, longest, worst)
+    return Memory(phases, {}, {"pinned": 2**30}, limit, kv_tokens, micro, longest, max_model_len(config))
 
 
 def times(config, hf, cluster, held) -> Times:

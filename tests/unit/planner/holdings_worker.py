@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_nft.config import Config
-from megatron_nft.policy import cpu, model, optimizer, versions
-from megatron_nft.sizes import check_layout, check_ranks, expert_tensor_size, virtual_size
+from megatron_nft.policy import cpu, model, optimizer, topology, versions
+from megatron_nft.sizes import check_layout, check_ranks
 
 
 def main() -> None:
@@ -50,31 +50,17 @@ def configured(settings: dict[str, Any]) -> Config:
 
 def holds(config: Config, hf: dict, rank: int, world: int) -> dict[str, int]:
     """Bytes of one rank, by kind."""
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state, tensor_parallel
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    _groups(config)
+    topology.make_groups(config.parallel)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
     chunks = [optimizer.wrap(module, config) for module in model.build(hf, config)]
     made, _ = optimizer.make(chunks, config)
     sizes = _sizes(chunks, made)
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
     return sizes
-
-
-def _groups(config: Config) -> None:
-    from megatron.core import parallel_state, tensor_parallel
-
-    parallel = config.parallel
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual_size(parallel),
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=expert_tensor_size(parallel),
-    )
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
 def _sizes(chunks: list, made) -> dict[str, int]:
