@@ -238,7 +238,8 @@ class Fleet(Membership):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def _open(self) -> None:
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), read_bufsize=2**20)
+        # A connection for each call: a server closes an idle one after some seconds, and a call that meets that looks like a dead server.
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True), read_bufsize=2**20)
         self._watching = asyncio.create_task(self._watch())
 
     async def _shut(self) -> None:

@@ -1,25 +1,32 @@
 """The meter of the peak memory, on a machine without a GPU."""
 
+import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from megatron_nft.policy.memory import PeakMemory
 
-MIB = 2**20
+MEASURE = """
+import numpy as np
+from megatron_nft.policy.memory import PeakMemory
+
+meter = PeakMemory()
+meter.start()
+before = meter.peak()
+np.ones(256 * 2**20, np.uint8).sum()  # come and gone
+high = meter.peak()
+meter.start()
+print((high - before) >> 20, (high - meter.peak()) >> 20)
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_peak_is_of_what_came_after_the_start():
-    meter = PeakMemory()
-    meter.start()
-    before = meter.peak()
-    np.ones(64 * MIB, np.uint8).sum()  # come and gone
-    high = meter.peak()
-    assert high >= before + 60 * MIB
-    meter.start()
-    assert meter.peak() <= high - 60 * MIB
+    """In a process of its own: in a large one the kernel may take other pages away meanwhile."""
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    rise, fall = map(int, done.stdout.split())
+    assert 250 <= rise < 300 and 200 < fall < 300  # MiB
 
 
 def test_where_the_peak_cannot_be_forgotten_what_is_resident_is_told(tmp_path):

@@ -218,6 +218,13 @@ def test_a_server_that_fails_in_a_sync_is_left_out_and_comes_back_in_the_next(fl
     assert sorted(fleet.members) == sorted(server.address for server in servers) and servers[0].version == "2"
 
 
+def test_a_server_that_closes_idle_connections_is_not_taken_for_a_dead_one(fleet, servers):
+    servers[0].fault = "idle"
+    for version in (1, 2):
+        fleet.sync(weights(), version, NAMES)
+    assert len(fleet.members) == 2 and servers[0].version == "2"
+
+
 def test_a_server_that_was_started_anew_is_not_taken_for_the_old_one(fleet, servers):
     """It has other weights, at the same address: nothing it would write could be used."""
     servers[0].stop()
