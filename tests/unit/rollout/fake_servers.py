@@ -5,7 +5,6 @@ import json
 import threading
 import time
 from typing import Self
-from weakref import WeakSet
 
 from aiohttp import web
 
@@ -23,14 +22,15 @@ DESCRIPTION = {
 
 class FakeServer:
     """Answers are the prompt's last token counted up, one token a chunk. `fault` says what goes wrong with the next ones: None | hang |
-    die | refuse | transfer | idle (a connection is closed as its second call comes) | a key of `choices`. version None is a vLLM that does not tell it. stop() closes what runs."""
+    die | refuse | transfer | idle (a connection is closed as its second call comes) | a key of `choices`. version None is a vLLM that
+    does not tell it. stop() closes what runs."""
 
     def __init__(self, **described):
         self.described, self.fault, self.port = DESCRIPTION | described, None, 0
         self.version, self.names, self.calls, self.requests, self.seen = "default", [], [], [], 0
         self.gate = threading.Event()  # closed: answers stand after their first token
         self.gate.set()
-        self._connections = WeakSet()
+        self._connections = set()
         self.paused, self.length = False, 100  # length: tokens of an answer, where max_tokens lets it
 
     def __enter__(self) -> Self:
