@@ -15,9 +15,10 @@ from tests.support import ROOT
 
 NEWEST = "0.19.2"
 FOLDER = ROOT / "build" / f"megatron-core-{NEWEST}"
+CUTS = "(2ranks and float32 and (VPP2 or CP2-float32 or ETP1 or both))"  # virtual stages, context, experts with tensors, data
 TESTS = {
     "unit": ["tests/unit/policy"],
-    "layouts": ["tests/distributed/test_layouts.py", "tests/distributed/test_fp16.py", "-k", "2ranks or overflow"],
+    "layouts": ["tests/distributed/test_layouts.py", "tests/distributed/test_fp16.py", "-k", f"{CUTS} or overflow"],
     "conversion": ["tests/end_to_end/test_convert_layouts.py"],
 }
 if os.environ.get("MEGATRON_NFT_LONG") == "1":
