@@ -7,7 +7,8 @@
 # What else is in the submitting shell (NCCL_SOCKET_IFNAME, NCCL_IB_HCA, GLOO_SOCKET_IFNAME of your network) reaches the ranks, too.
 mistake() { echo "megatron-nft: $*" >&2 && exit 2; }  # of the user's: the job is not started again
 whole() { [[ ${!1} =~ ^[0-9]+$ ]] || mistake "$1 is ${!1}: give a whole number"; }
-patiently() { local try; for try in 1 2 3; do if "$@"; then return; fi; sleep 5; done; return 1; }  # Slurm's controller may be busy
+# Slurm's controller may be busy. The 0 is needed: within a trap a bare `return` gives the code from before the trap.
+patiently() { local try; for try in 1 2 3; do if "$@"; then return 0; fi; sleep 5; done; return 1; }
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
 # The run's directory: the last word counts, as it does for the run.

@@ -80,6 +80,13 @@ def test_progress_is_counted_in_the_directory_that_the_settings_name(bash, tmp_p
     assert sorted(os.listdir(mine)) == ["checkpoints", "failures"] and not (tmp_path / "run").exists()
 
 
+def test_a_start_whose_end_comes_by_a_trap_goes_back_into_the_queue_too(bash, tmp_path):
+    """The recipes' batch script ends so, which is NeMo-Run's: megatron_nft/recipes/jobs.py."""
+    (tmp_path / "batch").write_text(f"cd {ROOT}\n. slurm/job.sh\ntrap 'code=$?; finish' EXIT\nset -e\nexit 75\n")
+    done = bash(tmp_path / "batch")
+    assert done.returncode == 75 and "back into the queue" in done.stdout and "requeued 1234" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_mistake_that_one_rank_finds_is_the_jobs_code(bash, tmp_path, rank):
     """srun's is the highest: of a rank that it killed."""
