@@ -255,11 +255,11 @@ def ratio_line(found: dict) -> str:
     return f"{found['name']:<78}{value:>14}   {'goal ' + found['goal'] if found['goal'] else '':<14}{told}".rstrip()
 
 
-def finish(benchmark: str, rows: list[dict], ratios: list[dict], path: Path | None) -> None:
-    """Print the ratios, and write the result."""
+def finish(benchmark: str, rows: list[dict], ratios: list[dict], path: Path | None, **more) -> None:
+    """Print the ratios, and write the result, with `more` beside its rows."""
     print(f"\n{benchmark} on {device()}")
     for found in ratios:
         print(ratio_line(found))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results(benchmark, rows, ratios), indent=1))
+        path.write_text(json.dumps(results(benchmark, rows, ratios) | more, indent=1))
