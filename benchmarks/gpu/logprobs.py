@@ -1,6 +1,6 @@
 """Log-probs of a large vocabulary and their gradient on one GPU: our two forms beside the plain way and Liger's fused losses.
 
-    python benchmarks/gpu/logprobs.py [--tokens 32768] [--hidden 5120] [--vocab 152064] [--chunks N ...] [--json FILE] [--seconds N] [--tiny]
+    python benchmarks/gpu/logprobs.py [--tokens 32768] [--hidden 5120] [--vocab 152064] [--chunks N ...] [--json FILE] [--tiny]
 
 BF16 operands (float32 on a CPU). Every way makes the sum of the targets' log-probs and the gradients of hidden states and head. plain:
 logits in BF16, made float32, log_softmax, autograd. one pass and recomputing: megatron_nft.policy.logprobs, also with --chunks tokens in
