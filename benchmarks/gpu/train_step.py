@@ -226,7 +226,7 @@ def line(row: dict) -> str:
 
 def main() -> None:
     arguments = parse()
-    budget = common.Budget(arguments.seconds)
+    budget = common.budget_of(arguments)
     if arguments.tiny:
         arguments.tokens, arguments.steps = [128, 256], 1
     if arguments.jobs:
