@@ -74,8 +74,9 @@ def measure_job(job: dict, arguments: argparse.Namespace, budget: common.Budget)
     config = settings_of(job, arguments)
     topology = policy.initialize(config.parallel, config.seed)
     model = policy.Policy(config, topology, trainable=False)
-    engine = rollout.Engine(config.model.path, config.rollout, 512 + arguments.answer + 1, config.model.precision, config.seed)
-    questions = prompts.load_prompts(config.data.train, engine.tokenizer, config.data).prompts
+    questions = prompts.load_prompts(config.data.train, prompts.load_tokenizer(config.model.path), config.data).prompts
+    longest = max(len(prompt.token_ids) for prompt in questions) + arguments.answer + 1  # one to spare, for its prefill
+    engine = rollout.Engine(config.model.path, config.rollout, longest, config.model.precision, config.seed)
     rows, samples = [], {}
     for logits in ("float32", "rounded") if job["engine"] in ("bf16", "fp16", "fp32") else ("float32",):
         set_head(engine, DTYPES[config.model.precision] if logits == "rounded" else torch.float32)

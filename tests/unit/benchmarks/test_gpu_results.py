@@ -1,6 +1,7 @@
 """The page of GPU results: what goes into it, and that no figure of a CPU does."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -76,3 +77,32 @@ def test_a_profile_is_a_table_of_shares():
     kinds = {"matrix products": 0.3, "idle, gaps between launches": 0.1}
     table = results.profile_table("1.5b, bf16", {"span_seconds": 0.4, "kinds": kinds})
     assert "Profile of 1.5b, bf16: 400.0 ms." in table and "| matrix products | 300.0 | 75.0% |" in table
+
+
+STAND_IN = """#!/usr/bin/env bash
+# in Python's place: the second benchmark fails, the others write a result
+name=$(basename "$1" .py)
+case $name in
+  results) exec REAL "$@" ;;
+  weight_stream) echo broken >&2; exit 3 ;;
+esac
+echo "ran $*"
+echo '{"benchmark": "'$name'", "device": "NVIDIA H200", "date": "", "versions": {}, "command": "", "rows": [],
+  "ratios": [{"name": "of '$name'", "value": 1.5, "goal": "<= 2", "met": true}]}' > "$3"
+"""
+
+
+def test_all_of_them_in_one_go(tmp_path):
+    """What fails does not stop the rest; the table at the end has the others' ratios."""
+    python = tmp_path / "python"
+    python.write_text(STAND_IN.replace("REAL", sys.executable))
+    python.chmod(0o755)
+    command = ["bash", "benchmarks/gpu/run_all.sh", str(tmp_path / "out"), "logprobs", "weight_stream", "mismatch"]
+    environment = {**os.environ, "PYTHON": str(python), "MODEL": "some/model"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "failed: weight_stream" in done.stdout and "weight_stream FAILED with 3" in done.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"logprobs.json", "mismatch.json"}
+    assert "some/model" in next(line for line in done.stdout.splitlines() if line.startswith("ran") and "mismatch" in line)
+    assert [line.split() for line in done.stdout.splitlines() if line.startswith("of ")] == [
+        ["of", name, "1.5", "<=", "2", "met"] for name in ("logprobs", "mismatch")
+    ]
