@@ -7,8 +7,9 @@ example's). At temperature 1 the engine samples --tokens tokens, and the trainer
 largest |d|, k3 = mean of exp(d) - 1 - d, which estimates KL(engine, trainer), and the share of tokens with d = 0.
   engines   bf16 | fp16 | fp8 (weights quantised by vLLM, the trainer bf16) | invariant (bf16, VLLM_BATCH_INVARIANT=1); a process each
   logits    float32 on both sides, or rounded to the model's precision on both sides (not fp8, invariant)
-  trainers  of the same precision; of bf16 also FP8 training, hybrid and tensorwise; "the engine's prefill" is the engine once more, given
-            the whole answer at once: of the invariant engine it must be the same to the last bit
+  trainers  of the same precision; of bf16 also FP8 training, hybrid and tensorwise; of invariant also without Transformer Engine, whose
+            place PyTorch's kernels take; "the engine's prefill" is the engine once more, given the whole answer at once: of the
+            invariant engine it must be the same to the last bit
 Under `invariant` cuBLAS, Transformer Engine and Megatron-Core are asked for deterministic kernels as well. vLLM then multiplies, norms and
 attends with kernels of its own; the trainer's are others, so that its bits are the engine's only where both round alike. Cost: sampled
 tokens a second beside bf16's. Nothing is compiled in the engines (generation.py says why).
@@ -27,14 +28,15 @@ import torch
 
 from megatron_nft import objectives, policy, prompts, rollout
 from megatron_nft.config import Config, DatasetConfig, ObjectiveConfig
-from megatron_nft.policy import logprobs
+from megatron_nft.policy import logprobs, versions
 from megatron_nft.policy.settings import DTYPES
 from megatron_nft.rollout.settings import Request
 
 EXAMPLE = common.ROOT / "examples" / "arithmetic"
 ENGINES = {"bf16": "bf16", "fp16": "fp16", "fp8": "bf16", "invariant": "bf16", "fp32": "fp32"}  # and the trainer's precision
 PREFILL = "the engine's prefill"
-FP8 = "fp8"
+FP8, LOCAL = "fp8 (hybrid, tensorwise)", "bf16, local layers"
+MORE = {"bf16": (FP8,), "invariant": (LOCAL,)}  # trainers beside the one of the same precision
 
 
 def parse() -> argparse.Namespace:
@@ -83,19 +85,25 @@ def measure_job(job: dict, arguments: argparse.Namespace, budget: common.Budget)
         samples[logits], speed = sample(engine, questions, arguments)
         of = {"engine": job["engine"], "logits": logits, "sampled_per_second": speed}
         rows.append(of | {"trainer": config.model.precision} | compare(model, samples[logits], logits == "rounded"))
-        if logits == "float32":
-            rows.append(of | {"trainer": PREFILL} | against_prefill(engine, samples[logits]))
-    if job["engine"] == "bf16" and torch.cuda.is_available() and budget.left:
-        del model
-        common.free()
-        config.model.fp8 = "hybrid"
-        model = policy.Policy(config, topology, trainable=False)
-        rows.append(of | {"logits": "float32", "trainer": FP8} | compare(model, samples["float32"], rounded=False))
+    rows.append(rows[0] | {"trainer": PREFILL, "trainer_per_second": None} | against_prefill(engine, samples["float32"]))
+    del model
+    for name in MORE.get(job["engine"], ()) if torch.cuda.is_available() else ():
+        if budget.left:
+            common.free()
+            rows.append(rows[0] | {"trainer": name} | compare(another(name, config, topology), samples["float32"], rounded=False))
     engine.close()
     policy.shutdown()
     for row in rows:
         print(line(row), flush=True)
     return {"rows": rows}
+
+
+def another(name: str, config: Config, topology: policy.Topology) -> policy.Policy:
+    """A second trainer of the same weights."""
+    config.model.fp8 = "hybrid" if name == FP8 else None
+    here = versions.have_transformer_engine()
+    with mock.patch.object(versions, "have_transformer_engine", lambda: here and name != LOCAL):
+        return policy.Policy(config, topology, trainable=False)
 
 
 def set_head(engine: rollout.Engine, dtype: torch.dtype) -> None:
@@ -179,9 +187,10 @@ def ratios(rows: list[dict]) -> list[dict]:
         found += [common.ratio(f"{of}: mean |d|", row["mean_absolute"]), common.ratio(f"{of}: k3", row["k3"])]
     by = {(row["engine"], row.get("trainer")): row for row in rows if row.get("logits", "float32") == "float32"}
     invariant, plain = by.get(("invariant", "bf16")), by.get(("bf16", "bf16"))
-    for trainer, name in (("bf16", "the trainer's"), (PREFILL, "its own prefill's")):
+    for trainer, name in (("bf16", "the trainer's"), (LOCAL, "the trainer's without Transformer Engine"), (PREFILL, "its own prefill's")):
         share = (by.get(("invariant", trainer)) or {}).get("bit_equal")
-        found.append(common.ratio(f"batch-invariant engine: share of tokens bit-equal to {name}", share, ">= 1"))
+        goal = None if trainer == LOCAL else ">= 1"
+        found.append(common.ratio(f"batch-invariant engine: share of tokens bit-equal to {name}", share, goal))
     cost = common.quotient(invariant, plain, "sampled_per_second")
     found.append(common.ratio("batch-invariant engine: sampled tokens/s to plain bf16's", cost))
     return found
