@@ -80,6 +80,7 @@ def write_model(hf: dict, folder: Path) -> Path:
 
 def parser(description: str, seconds: float) -> argparse.ArgumentParser:
     """With what every script takes; seconds: its time budget unless told otherwise."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it started ends with it
     made = argparse.ArgumentParser(description=description.split("\n")[0])
     made.add_argument("--json", type=Path, help="write the result there")
     made.add_argument("--tiny", action="store_true", help="small sizes, which a CPU can do: shows that the script runs")
@@ -184,8 +185,9 @@ def _child(script: str, jobs: list[dict], arguments: list[str], seconds: float) 
             try:
                 code = child.wait(seconds + GRACE)
             except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)  # with what it started: vLLM's engine may be a process of its own
                 code = None
+            finally:
+                end(child)
         rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
         tail = errors.read_text(errors="replace").strip().splitlines()[-12:]
     if code == 0 and len(rows) == len(jobs):
@@ -194,6 +196,12 @@ def _child(script: str, jobs: list[dict], arguments: list[str], seconds: float) 
         print("\n".join(tail), file=sys.stderr, flush=True)
     why = "out of time" if code is None else f"exit code {code}" + (f", {tail[-1][:200]}" if tail else "")
     return rows, why
+
+
+def end(child: subprocess.Popen) -> None:
+    """Kill a process that has a session of its own, with what it started (vLLM's engine may be a process), unless it is over."""
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def work_off(arguments: argparse.Namespace, one: Callable[[dict], dict]) -> None:

@@ -6,7 +6,7 @@ MODEL_DIR: a Hugging Face directory with its tokenizer (default: the arithmetic 
 example's). At temperature 1 the engine samples --tokens tokens, and the trainer tells their log-probs. d is trainer less engine: mean and
 largest |d|, k3 = mean of exp(d) - 1 - d, which estimates KL(engine, trainer), and the share of tokens with d = 0.
   engines   bf16 | fp16 | fp8 (weights quantised by vLLM, the trainer bf16) | invariant (bf16, VLLM_BATCH_INVARIANT=1); a process each
-  logits    float32 on both sides, or rounded to the model's precision on both sides (not fp8, invariant)
+  logits    float32 on both sides, or rounded to the model's precision on both sides (not fp8)
   trainers  of the same precision; of bf16 also FP8 training, hybrid and tensorwise; of invariant also without Transformer Engine, whose
             place PyTorch's kernels take; "the engine's prefill" is the engine once more, given the whole answer at once: of the
             invariant engine it must be the same to the last bit
@@ -80,12 +80,12 @@ def measure_job(job: dict, arguments: argparse.Namespace, budget: common.Budget)
     longest = max(len(prompt.token_ids) for prompt in questions) + arguments.answer + 1  # one to spare, for its prefill
     engine = rollout.Engine(config.model.path, config.rollout, longest, config.model.precision, config.seed)
     rows, samples = [], {}
-    for logits in ("float32", "rounded") if job["engine"] in ("bf16", "fp16", "fp32") else ("float32",):
+    for logits in ("float32",) if job["engine"] == "fp8" else ("float32", "rounded"):
         set_head(engine, DTYPES[config.model.precision] if logits == "rounded" else torch.float32)
         samples[logits], speed = sample(engine, questions, arguments)
         of = {"engine": job["engine"], "logits": logits, "sampled_per_second": speed}
         rows.append(of | {"trainer": config.model.precision} | compare(model, samples[logits], logits == "rounded"))
-    rows.append(rows[0] | {"trainer": PREFILL, "trainer_per_second": None} | against_prefill(engine, samples["float32"]))
+        rows.append(of | {"trainer": PREFILL} | against_prefill(engine, samples[logits]))
     del model
     for name in MORE.get(job["engine"], ()) if torch.cuda.is_available() else ():
         if budget.left:
@@ -185,12 +185,13 @@ def ratios(rows: list[dict]) -> list[dict]:
             continue
         of = f"engine {row['engine']}, logits {row['logits']}, {row['trainer']}"
         found += [common.ratio(f"{of}: mean |d|", row["mean_absolute"]), common.ratio(f"{of}: k3", row["k3"])]
-    by = {(row["engine"], row.get("trainer")): row for row in rows if row.get("logits", "float32") == "float32"}
-    invariant, plain = by.get(("invariant", "bf16")), by.get(("bf16", "bf16"))
+    by = {(row["engine"], row.get("logits"), row.get("trainer")): row for row in rows}
+    invariant, plain = (by.get((engine, "float32", "bf16")) for engine in ("invariant", "bf16"))
     for trainer, name in (("bf16", "the trainer's"), (LOCAL, "the trainer's without Transformer Engine"), (PREFILL, "its own prefill's")):
-        share = (by.get(("invariant", trainer)) or {}).get("bit_equal")
-        goal = None if trainer == LOCAL else ">= 1"
-        found.append(common.ratio(f"batch-invariant engine: share of tokens bit-equal to {name}", share, goal))
+        for logits in ("float32", "rounded") if trainer != LOCAL else ("float32",):
+            share = (by.get(("invariant", logits, trainer)) or {}).get("bit_equal")
+            goal = ">= 1" if logits == "float32" and trainer != LOCAL else None
+            found.append(common.ratio(f"batch-invariant engine, logits {logits}: share of tokens bit-equal to {name}", share, goal))
     cost = common.quotient(invariant, plain, "sampled_per_second")
     found.append(common.ratio("batch-invariant engine: sampled tokens/s to plain bf16's", cost))
     return found

@@ -11,8 +11,6 @@ tensor's shape. It is ended when its steps are logged, before it would save.
 """
 
 import argparse
-import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -83,11 +81,12 @@ def run_small(arguments: argparse.Namespace, budget: common.Budget) -> list[dict
         command = [sys.executable, "-m", "megatron_nft", "train", str(folder / "config.yaml")]
         with subprocess.Popen(command, cwd=common.ROOT, start_new_session=True) as run:
             metrics = folder / "run" / METRICS
-            while run.poll() is None and budget.left and len(_lines(metrics)) < arguments.steps:
-                time.sleep(0.2)
-            ended = run.poll()
-            if ended is None:
-                os.killpg(run.pid, signal.SIGKILL)
+            try:
+                while run.poll() is None and budget.left and len(_lines(metrics)) < arguments.steps:
+                    time.sleep(0.2)
+                ended = run.poll()
+            finally:
+                common.end(run)
         if ended is not None:
             raise SystemExit(f"the run ended with {ended} before its steps were done")
         return read_rows(metrics) if metrics.exists() else []
