@@ -22,10 +22,8 @@ import common
 import torch
 import yaml
 
-sys.path.insert(0, str(common.ROOT / "benchmarks"))
-from stages import WORK, stage_seconds  # noqa: E402
-
-from megatron_nft.logbook import METRICS, read_rows  # noqa: E402
+from benchmarks.stages import WORK, stage_seconds
+from megatron_nft.logbook import METRICS, read_rows
 
 GOAL, WRITE = "<= 0.05", "checkpoint_write"
 

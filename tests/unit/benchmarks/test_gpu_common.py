@@ -10,7 +10,7 @@ import torch
 
 from tests.support import ROOT
 
-sys.path[:0] = [str(ROOT / "benchmarks" / "gpu"), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
 import common  # noqa: E402
 import profiles  # noqa: E402
 import step_shares  # noqa: E402
