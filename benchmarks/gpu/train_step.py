@@ -33,7 +33,7 @@ from megatron_nft.errors import first_line
 from megatron_nft.policy import versions
 
 APART = "bf16, gradients added apart"
-PRECISIONS = ("bf16", "tensorwise", "blockwise", "delayed", APART)
+PRECISIONS = ("bf16", APART, "tensorwise", "blockwise", "delayed")
 GOALS = {"qwen2.5-1.5b": ">= 0.40", "qwen2.5-32b": ">= 0.50"}  # MFU in bf16 at the most tokens
 FP8_GOAL = ">= 1.4"  # of the layers
 
@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
 def jobs(arguments: argparse.Namespace) -> list[dict]:
     """A model in a precision each, the small model first; what is only a comparison on the small one alone."""
     if arguments.tiny:
-        return [{"model": "tiny", "layers": 2, "precision": "bf16"}]
+        return [{"model": "tiny", "layers": 2, "precision": precision} for precision in ("bf16", APART)]
     small, large = "qwen2.5-1.5b", "qwen2.5-32b"
     return [
         {"model": model, "layers": arguments.layers if model == large else None, "precision": precision}
@@ -108,13 +108,13 @@ def packed(model: policy.Policy, tokens: int, vocab: int) -> tuple[list, list[in
     return batches, lengths
 
 
-def measure_job(job: dict, arguments: argparse.Namespace, budget: common.Budget) -> dict:
+def measure_job(job: dict, topology: policy.Topology, arguments: argparse.Namespace, budget: common.Budget) -> dict:
     """Rows of one model in one precision: {"steps": [a row for each number of tokens], "kernels": ...}."""
     hf, steps = common.shape(job["model"], job["layers"]), []
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(hf))
         config = configure(folder, job, arguments)
-        model = make(config, policy.initialize(config.parallel, config.seed))
+        model = make(config, topology)
         print(f"{job['model']}, {hf['num_hidden_layers']} layers, {job['precision']}; {policy.kernels(config)}", flush=True)
         for tokens in sorted(arguments.tokens):
             config.train.tokens_per_micro_batch = tokens
@@ -124,9 +124,16 @@ def measure_job(job: dict, arguments: argparse.Namespace, budget: common.Budget)
         if arguments.profile and "error" not in steps[-1]:
             found |= profile(model, hf, job, arguments)
     del model
-    policy.shutdown()
     common.free()
     return found
+
+
+def work_off(arguments: argparse.Namespace, budget: common.Budget) -> None:
+    """All jobs of this process, on one set of Megatron's groups."""
+    config = Config(run_dir="unused")
+    topology = policy.initialize(config.parallel, config.seed)
+    common.work_off(arguments, lambda job: measure_job(job, topology, arguments, budget))
+    policy.shutdown()
 
 
 def step_of(model: policy.Policy, hf: dict, tokens: int, micro_batches: int) -> tuple[Callable[[], object], list[int]]:
@@ -235,7 +242,7 @@ def main() -> None:
     if arguments.tiny:
         arguments.tokens, arguments.steps = [128, 256], 1
     if arguments.jobs:
-        return common.work_off(arguments, lambda job: measure_job(job, arguments, budget))
+        return work_off(arguments, budget)
     given = ["--layers", str(arguments.layers), "--tokens", *map(str, arguments.tokens), "--micro-batches", str(arguments.micro_batches)]
     given += ["--steps", str(arguments.steps), *(["--tiny"] if arguments.tiny else []), *(["--recompute"] if arguments.recompute else [])]
     given += ["--profile", str(arguments.profile)] if arguments.profile else []

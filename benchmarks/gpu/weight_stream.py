@@ -63,15 +63,14 @@ def copy_of(nbytes: int):
     return lambda: target.copy_(source)
 
 
-def stream_alone(hf: dict, bucket: int, repeats: int) -> dict:
+def stream_alone(hf: dict, topology: policy.Topology, bucket: int, repeats: int) -> dict:
     """Without an engine, and without values: memory as it was found."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(hf))
         config = settings_of(Path(folder), bucket)
-        model = policy.Policy(config, policy.initialize(config.parallel, config.seed), trainable=False, weights=False)
+        model = policy.Policy(config, topology, trainable=False, weights=False)
     nbytes = sum(parameter.nbytes for parameter in model.module.parameters())
     seconds = common.in_turns({"copy": copy_of(nbytes), "stream": partial(exhaust, model)}, repeats)
-    policy.shutdown()
     return {"bytes": nbytes} | {f"{name}_seconds": value for name, value in seconds.items()}
 
 
@@ -128,15 +127,14 @@ def ratios(row: dict, alone: dict) -> list[dict]:
     return found
 
 
-def colocated(arguments: argparse.Namespace, hf: dict) -> dict:
+def colocated(arguments: argparse.Namespace, hf: dict, topology: policy.Topology) -> dict:
     """Trainer and engine in this process."""
     with tempfile.TemporaryDirectory() as scratch:
         config = settings_of(common.write_model(hf, Path(scratch) / "model"), arguments.bucket)
-        model = policy.Policy(config, policy.initialize(config.parallel, config.seed), trainable=False)
+        model = policy.Policy(config, topology, trainable=False)
         engine = rollout.Engine(config.model.path, config.rollout, 128, "bf16", config.seed)
     found = timed_ways(model, engine, arguments.repeats) | sleeps(model, engine, 2)
     engine.close()
-    policy.shutdown()
     return found
 
 
@@ -144,12 +142,13 @@ def main() -> None:
     arguments = parse()
     names = ("tiny", "tiny") if arguments.tiny else (arguments.model, ALONE)
     shapes = common.shape(names[0], arguments.layers), common.shape(names[1])
-    of = [
-        {"model": name, "layers": hf["num_hidden_layers"], "bucket_mib": arguments.bucket} for name, hf in zip(names, shapes, strict=True)
-    ]
-    alone = common.row(of[1] | {"alone": True}, lambda: stream_alone(shapes[1], arguments.bucket, arguments.repeats))
+    config, layers = Config(run_dir="unused"), [hf["num_hidden_layers"] for hf in shapes]
+    topology = policy.initialize(config.parallel, config.seed)
+    of = {"model": names[1], "layers": layers[1], "bucket_mib": arguments.bucket, "alone": True}
+    alone = common.row(of, lambda: stream_alone(shapes[1], topology, arguments.bucket, arguments.repeats))
     common.free()
-    row = of[0] | {"alone": False} | colocated(arguments, shapes[0])
+    row = of | {"model": names[0], "layers": layers[0], "alone": False} | colocated(arguments, shapes[0], topology)
+    policy.shutdown()
     for one in (alone, row):
         for name in ("copy", "stream", "reload", "whole"):
             if seconds := one.get(f"{name}_seconds"):
