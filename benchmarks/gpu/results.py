@@ -25,7 +25,7 @@ SUMMARY = "summary.json"  # beside a fragment: what it was measured on
 COMMANDS = (
     ("make test-gpu PYTHON=python3", "that precisions, offload, resume and the engine compute what they should, by stated tolerances"),
     ("python examples/gsm8k_smollm2/run.py", "what NFT, RFT and DAPO make of a real model, with as many sampled tokens each"),
-    ("python benchmarks/gpu/logprobs.py", "whether log-probs of 152,064 tokens take a tenth of the plain way's memory and no more time"),
+    ("python benchmarks/gpu/logprobs.py", "whether log-probs at a vocabulary of 152,064 take a tenth of the memory and no more time"),
     ("python benchmarks/gpu/weight_stream.py", "whether our part of a sync takes at most two plain copies; what sleep and wake cost"),
     ("python benchmarks/gpu/step_shares.py", "what of a rollout step neither generates nor trains"),
     ("python benchmarks/gpu/train_step.py --profile FOLDER", "MFU of a step in BF16, what FP8 gains, and where the time goes"),

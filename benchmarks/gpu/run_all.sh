@@ -27,12 +27,12 @@ run() {  # name, seconds, arguments
 }
 
 run logprobs 45
-run weight_stream 60
-run step_shares 75
-run train_step 150 --profile "$out/profiles"
-run generation 110
-run mismatch 150 ${MODEL:+"$MODEL"}
-run efficiency 60
+run weight_stream 55
+run step_shares 70
+run train_step 140 --profile "$out/profiles"
+run generation 95
+run mismatch 115 ${MODEL:+"$MODEL"}
+run efficiency 50
 
 echo
 "$python" "$here/results.py" "$out" --ratios
