@@ -109,7 +109,7 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         return
     terminalreporter.section("what was measured")
     for row in rows:
-        shown = ", ".join(f"{name} {spelt(value)}" for name, value in row["figures"].items())
+        shown = ", ".join(f"{name} {spelt(value)}" for name, value in row["figures"].items() if value != "")
         terminalreporter.line(f"{row['outcome']:7} {row['name']}: {shown or row['reason']}" + f"  [{row['tolerance']}]" * bool(shown))
     if folder := os.environ.get("MEGATRON_NFT_RESULTS"):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def results_of(stats: dict[str, list]) -> list[dict]:
             if f"{here}/test_" not in getattr(report, "nodeid", ""):
                 continue
             noted = dict(report.user_properties)
-            reason = report.longrepr[2] if outcome == "skipped" else "" if outcome == "passed" else "see above"
+            reason = report.longrepr[2].removeprefix("Skipped: ") if outcome == "skipped" else "" if outcome == "passed" else "see above"
             name, seconds = report.nodeid.rpartition("/")[2], round(report.duration, 2)
             measured = {"figures": noted.get("figures", {}), "tolerance": noted.get("tolerance", "")}
             rows.append({"name": name, **measured, "outcome": outcome, "reason": reason, "seconds": seconds})

@@ -24,7 +24,7 @@ def apart(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("groups", [4, 1])
 def test_varlen_attention(dtype, groups, figures):
     """torch's against our packed attention in float64, forward and backward: 2 % of the largest value, which is what bf16 keeps."""
@@ -45,6 +45,7 @@ def test_varlen_attention(dtype, groups, figures):
     assert max(errors) < 0.02
 
 
+@needs_gpu  # on a CPU tests/unit/policy/test_layers.py
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_norm(dtype, tolerance, figures):
     """RMSNorm against float64: what rounding the result costs, 1e-6 in float32, 1e-2 in bf16, 2e-3 in fp16."""
@@ -87,14 +88,14 @@ def one_pass(hidden, head, targets, push, chunk) -> tuple[torch.Tensor, torch.Te
 
 
 SIZES = {
-    "small": (1500, 256, 5000, 400),  # tokens, hidden, vocabulary, tokens of a chunk
+    "small": (400, 128, 2000, 150),  # tokens, hidden, vocabulary, tokens of a chunk
     "152,064": (300, 1024, 152_064, None),  # Qwen2.5's vocabulary; as long chunks as the program takes
 }
 
 
 @pytest.mark.parametrize("size", ["small", pytest.param("152,064", marks=needs_gpu)])
 @pytest.mark.parametrize("form", [recomputing, one_pass])
-@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_logprobs_equal_the_plain_way(dtype, form, size, figures):
     """Both forms against float64, from the same operands, with rows of padding and a temperature. Logits are never rounded to 16 bits: the
     log-probs to 1e-4. The gradients, whose products have operands of the type: 1e-5 (float32), 2 % (bf16), 0.5 % (fp16) of the largest."""
