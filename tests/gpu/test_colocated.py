@@ -4,9 +4,9 @@ import pytest
 
 from tests.gpu.cases import GPU
 from tests.gpu.colocated import CACHE, ROUNDS
-from tests.gpu.marks import needs_gpu, needs_vllm
+from tests.gpu.marks import gpu_or_long, needs_gpu, needs_vllm
 
-pytestmark = needs_vllm
+pytestmark = [needs_vllm, gpu_or_long]  # on a CPU see tests/end_to_end/test_parity.py and test_selfcheck.py
 MIB = 2**20
 LOOKS = ("first sync", "sync after an update", "last round")
 

@@ -1,20 +1,9 @@
 """A run that was stopped and resumed, on the kernels of a GPU."""
 
-import os
-
-import pytest
-import torch
-
 from tests.end_to_end import runs
-from tests.gpu.marks import needs_vllm
+from tests.gpu.marks import gpu_or_long, needs_vllm
 
-# without a GPU tests/end_to_end/test_stopping.py does this, and more
-pytestmark = [
-    needs_vllm,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() and os.environ.get("MEGATRON_NFT_LONG") != "1", reason="no GPU: set MEGATRON_NFT_LONG=1"
-    ),
-]
+pytestmark = [needs_vllm, gpu_or_long]  # on a CPU see tests/end_to_end/test_stopping.py and test_resume.py
 
 
 def test_stopped_and_resumed_equals_never_stopped(resumed_run, figures):
