@@ -27,12 +27,18 @@ COMMON = {"vocab_size": 304, "eos_token_id": 2, "max_position_embeddings": 512}
 
 
 def run(folder: Path, fp8: bool) -> dict:
-    """What the worker found. fp8: the sampler quantises its weights."""
+    """What the worker found, and in `end` the error that it ended with. fp8: the sampler quantises its weights."""
     model = add_tokenizer(tiny_model(folder / "model", **COMMON, **(SIZES if GPU else TINY)))
     config, output = folder / "config.yaml", folder / "out.pt"
     config.write_text(CONFIG.replace("PATH", str(model)))
     overrides = [f"rollout.vllm.kv_cache_memory_bytes={CACHE}", "rollout.gpu_memory_utilization=0.15"] if GPU else []
     overrides += ["rollout.quantization=fp8"] if fp8 else []
     arguments = {"config": str(config), "overrides": overrides, "output": str(output), "rounds": 1 if fp8 else ROUNDS}
-    run_ranks(WORKER, 1, arguments, folder, timeout=600)
-    return torch.load(output)
+    end = ""
+    try:
+        run_ranks(WORKER, 1, arguments, folder, timeout=600)
+    except AssertionError as error:  # what was found before the end is still worth a look
+        if not output.exists():
+            raise
+        end = str(error)
+    return torch.load(output) | {"end": end}
