@@ -4,9 +4,11 @@ findings several tests look at."""
 import importlib.metadata
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -34,11 +36,13 @@ def figures(record_property) -> Callable[..., None]:
 
 class Jobs:
     """Each job runs once, when a test first asks for it. With a GPU all that this session's tests look at then run at the same time, for
-    most of their time is start-up; but for those that look at the whole device's memory, which run with nothing beside them."""
+    most of their time is start-up; but for those that look at the whole device's memory, which run with nothing beside them, and engines,
+    of which there is one at a time: vLLM goes by what is free on the device before and after it sleeps."""
 
-    def __init__(self, jobs: dict[str, Callable[[Path], object]], alone: set[str], wanted: set[str], folder: Path):
+    def __init__(self, jobs: dict[str, Callable[[Path], object]], alone: set[str], engines: set[str], wanted: set[str], folder: Path):
         """jobs: by name, what a folder of its own is given to. wanted: the names of those that the session's tests look at."""
-        self._jobs, self._alone, self._wanted, self._folder = jobs, alone, wanted, folder
+        self._jobs, self._alone, self._engines, self._wanted, self._folder = jobs, alone, engines, wanted, folder
+        self._engine = threading.Lock()
         self._pool = ThreadPoolExecutor(len(jobs) if torch.cuda.is_available() else 1)
         self._running: dict[str, Future] = {}
 
@@ -50,8 +54,12 @@ class Jobs:
             for one in sorted({name, *beside} - self._running.keys()):
                 folder = self._folder / one
                 folder.mkdir()
-                self._running[one] = self._pool.submit(self._jobs[one], folder)
+                self._running[one] = self._pool.submit(self._run, one, folder)
         return self._running[name].result()
+
+    def _run(self, name: str, folder: Path) -> object:
+        with self._engine if name in self._engines else nullcontext():
+            return self._jobs[name](folder)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -71,7 +79,8 @@ def jobs(request, model, tmp_path_factory) -> Iterator[Jobs]:
         "resumed_run": resumed.run,
     }
     wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ()) if name in every}
-    made = Jobs(every, {"colocated_bf16"}, wanted, tmp_path_factory.mktemp("jobs"))
+    engines = every.keys() - {"policy_cases"}
+    made = Jobs(every, {"colocated_bf16"}, engines, wanted, tmp_path_factory.mktemp("jobs"))
     yield made
     made.close()
 

@@ -5,8 +5,8 @@ import sys
 
 # of `megatron-nft train` on the arithmetic example, and of the tests
 MODULES = (
-    "jinja2", "matplotlib", "megatron.core", "numpy", "omegaconf", "psutil", "pyarrow", "pytest", "pytest_timeout", "safetensors",
-    "tokenizers", "torch", "tqdm", "transformers", "yaml",
+    "aiohttp", "jinja2", "matplotlib", "megatron.core", "numpy", "omegaconf", "psutil", "pyarrow", "pytest", "pytest_timeout",
+    "safetensors", "tokenizers", "torch", "tqdm", "transformers", "yaml",
 )  # fmt: skip
 OPTIONAL = {
     "transformer_engine": "its layers, FP8 and FusedAdam are not tested",

@@ -7,7 +7,7 @@ import torch
 from tests.end_to_end import runs
 
 GPU = torch.cuda.is_available()
-STEPS, HALF = (6, 3) if GPU else (2, 1)
+STEPS, HALF = (4, 2) if GPU else (2, 1)
 SETTINGS = [
     f"train.steps={STEPS}",
     f"checkpoint.interval={HALF}",
@@ -21,8 +21,7 @@ SETTINGS = [
     "evaluation.interval=0",
 ]
 # graphs are colocated_worker.py's; a start without compiling is that of another program
-ON_A_GPU = ["rollout.enforce_eager=true", "rollout.gpu_memory_utilization=0.1", "rollout.vllm.kv_cache_memory_bytes=1073741824"]
-
+ON_A_GPU = ["rollout.enforce_eager=true", "rollout.gpu_memory_utilization=0.1", "rollout.vllm.kv_cache_memory_bytes=8589934592"]
 # as on a GPU, where nothing is packed: log-probs are compared after a process's first sync alone
 ON_A_CPU = ["rollout.check_sync_interval=0"]
 
