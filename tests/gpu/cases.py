@@ -69,9 +69,15 @@ def make_model(folder: Path) -> Path:
 
 
 def run_cases(model: Path, folder: Path) -> dict[str, dict]:
-    """By name of the case, what policy_worker.run found, or its error."""
+    """By name of the case, what policy_worker.run found, or its error, or the one that ended the process before it. "end": how that
+    itself ended."""
     config, output = folder / "config.yaml", folder / "out.pt"
     config.write_text(CONFIG.replace("PATH", str(model)))
     arguments = {"config": str(config), "output": str(output), "cases": {name: asdict(case) for name, case in CASES.items()}}
-    run_ranks(WORKER, 1, arguments, folder, timeout=600)
-    return torch.load(output, weights_only=False)
+    ended = ""
+    try:
+        run_ranks(WORKER, 1, arguments, folder, timeout=600)
+    except AssertionError as error:
+        ended = str(error)
+    found = torch.load(output, weights_only=False) if output.exists() else {}
+    return {name: found.get(name, {"error": ended}) for name in CASES} | {"end": {"error": ended} if ended else {}}

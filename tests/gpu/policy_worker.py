@@ -27,8 +27,10 @@ def main() -> None:
     configs = {name: load(arguments["config"], case["overrides"]) for name, case in arguments["cases"].items()}
     first = next(iter(configs.values()))
     topology = policy.initialize(first.parallel, first.seed)  # once: all cases are of one rank
-    found = {name: attempt(case, configs[name], topology) for name, case in arguments["cases"].items()}
-    torch.save(found, arguments["output"])
+    found = {}
+    for name, case in arguments["cases"].items():
+        found[name] = attempt(case, configs[name], topology)
+        torch.save(found, arguments["output"])  # after each: a fault of the device may end the process
     policy.shutdown()
 
 

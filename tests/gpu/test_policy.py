@@ -164,3 +164,8 @@ def test_the_state_leaves_the_device_and_comes_back_bit_for_bit(name, case, figu
     figures("0 left, same bytes", bytes=journey["bytes"], left=journey["left"], freed=journey["freed"])
     assert journey["left"] == 0 and journey["bytes"] > 0 and all(journey["same"].values())
     assert journey["freed"] >= journey["bytes"] or not GPU
+
+
+def test_the_process_ends_well(case):
+    """After the last case it shuts down and exits with 0."""
+    assert case("end") == {}
