@@ -223,7 +223,7 @@ def _words(given: str) -> list[str]:
 
 
 def _rehearsal(plan):
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing of it is on a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # nothing of it is on a GPU
     from megatron_nft.rehearsal import rehearse
 
     return rehearse(plan)
@@ -250,7 +250,7 @@ def _watchdog(settings: config.Config) -> Watchdog:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all of it is reading, writing and a comparison on the CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # all of it is reading, writing and a comparison on the CPU
     from megatron_nft import convert, verify
 
     try:
