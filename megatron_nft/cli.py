@@ -167,13 +167,14 @@ def goes_on(resume: bool) -> str:
 
 
 def _evaluate_model(settings: config.Config, stop: StopRequest) -> None:
-    from megatron_nft import policy
+    from megatron_nft import fitting, policy
     from megatron_nft.evaluation.command import evaluate_model
     from megatron_nft.evaluation.source import opened
 
     settings.parallel = config.ParallelConfig()  # of the trainer, which evaluation does without
     with opened(settings) as source:
         policy.check(settings, config.max_model_len(settings), training=False)
+        fitting.check_engine(settings, config.max_answer_length(settings))
         policy.start_distributed()
         try:
             evaluate_model(settings, source, policy.precision_of(settings.model.precision), stop)
@@ -190,9 +191,11 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config, arguments.overrides)
-    from megatron_nft import policy
+    from megatron_nft import fitting, policy
     from megatron_nft.rollout.serving import serve
 
+    policy.check_machine()
+    fitting.check_engine(settings, config.max_model_len(settings))
     serve(settings, policy.precision_of(settings.model.precision))
 
 

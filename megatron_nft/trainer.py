@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from megatron_nft import batching, objectives, policy, prompts, rollout, saves, watchdog
+from megatron_nft import batching, fitting, objectives, policy, prompts, rollout, saves, watchdog
 from megatron_nft.balance import Balance
 from megatron_nft.config import Config, check_budget, max_model_len, save
 from megatron_nft.errors import gpus_elsewhere
@@ -75,6 +75,8 @@ class Given:
         check_together(config)
         saves.check(config)
         policy.check(config, max_model_len(config))
+        fitting.check_trainer(config, sampling=True)
+        fitting.warn(config)
         tokenizer = prompts.load_tokenizer(config.model.path)
         training = prompts.load_prompts(config.data.train, tokenizer, config.data)
         if config.replay:

@@ -57,14 +57,19 @@ class Layout:
     @classmethod
     def of(cls, config: Config, cluster: Cluster) -> "Layout":
         """Raises UserError for sizes whose product does not divide the trainers."""
+        return cls.of_ranks(config, cluster.trainers)
+
+    @classmethod
+    def of_ranks(cls, config: Config, trainers: int) -> "Layout":
+        """The same, of so many GPUs that train."""
         parallel = config.parallel
         tp, pp, cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
-        if cluster.trainers % (tp * pp * cp):
+        if trainers % (tp * pp * cp):
             raise UserError(
-                f"{cluster.trainers} GPUs that train cannot be divided by TP x PP x CP ({tp} x {pp} x {cp})",
+                f"{trainers} GPUs that train cannot be divided by TP x PP x CP ({tp} x {pp} x {cp})",
                 "change parallel.* or plan.nodes",
             )
         return cls(
-            tp, pp, cp, cluster.trainers // (tp * pp * cp), parallel.virtual_pipeline_model_parallel_size or 1,
+            tp, pp, cp, trainers // (tp * pp * cp), parallel.virtual_pipeline_model_parallel_size or 1,
             parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size or tp, parallel.sequence_parallel,
         )  # fmt: skip
