@@ -17,6 +17,11 @@ def training_flops(hf: dict, lengths: list[int]) -> float:
     return 3 * (linear_flops(hf) * sum(lengths) + attention_flops(hf) * sum(length**2 for length in lengths))
 
 
+def layer_flops(hf: dict, lengths: list[int]) -> float:
+    """The same of the transformer layers alone, without the head."""
+    return training_flops(hf, lengths) - 6 * hf["vocab_size"] * hf["hidden_size"] * sum(lengths)
+
+
 def peak(device: str, fp8: bool) -> float | None:
     """Operations a second of a device by its name, None where it is not in the table."""
     found = sorted((name for name in PEAK if name in device), key=len)

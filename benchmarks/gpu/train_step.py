@@ -1,93 +1,75 @@
-"""Seconds, tokens/s, MFU and peak memory of one training step, and of the log-prob path beside the plain way and Liger.
+"""A training step on one GPU in BF16 and FP8: MFU, what FP8 gains in the layers and in the whole step, and where the time goes.
 
-    python benchmarks/gpu/train_step.py [--model qwen2.5-1.5b|qwen2.5-32b] [--layers N] [--tokens 4096 8192 16384] [--fp8 hybrid]
-                                        [--json FILE] [--tiny]
+    python benchmarks/gpu/train_step.py [--models qwen2.5-1.5b qwen2.5-32b] [--layers 8] [--tokens 4096 16384] [--precisions ...]
+                                        [--profile FOLDER] [--json FILE] [--seconds N] [--tiny]
 
-Random weights of Qwen2.5's shapes (of 32B a slice of --layers layers, embedding and head whole), packed answers of uneven lengths, one
-micro-batch a step, one GPU. Needs torch, Megatron-Core and this repository on PYTHONPATH; Transformer Engine and liger_kernel are used
-where they can be imported. --tiny is a model of two layers: it shows that the script runs, on a CPU as well. MFU is by the usual count
-(flops.py) against the device's dense peak in bf16, or in FP8 with --fp8.
+Random weights of Qwen2.5's shapes (of 32B a slice of --layers layers, embedding and head whole), packed answers of uneven lengths,
+--micro-batches full micro-batches a step, the optimizer's update included. Precisions are bf16, a recipe of FP8 in the hybrid format
+(tensorwise, delayed, blockwise), and "bf16, gradients added apart", without Transformer Engine's accumulation of weight gradients in the
+product that makes them. MFU is by the usual count (flops.py: 6 a weight and token, and the attention) of the whole step against the dense
+BF16 peak, in every precision, so that rows compare; `fp8_mfu` is against the FP8 peak. `layers_seconds` are of the transformer layers'
+forward and backward passes alone, `head_seconds` of the head with the loss, `optimizer_seconds` of the update.
+--profile: one step of each precision at the most tokens under torch.profiler; a table of kernels by kind, as text and JSON.
+Needs torch, Megatron-Core and this repository; FP8 needs Transformer Engine. --tiny: two layers, bf16 there fp32, also on a CPU.
 """
 
 import argparse
 import json
-import statistics
-import sys
 import tempfile
-import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import common
 import numpy as np
 import torch
+from flops import layer_flops, peak, training_flops
+from phases import Phases
+from profiles import profiled
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+from megatron_nft import batching, objectives, policy
+from megatron_nft.config import Config
 
-from flops import peak, training_flops  # noqa: E402
-
-from megatron_nft import batching, objectives, policy  # noqa: E402
-from megatron_nft.config import Config  # noqa: E402
-from megatron_nft.policy.logprobs import Head, fused_loss, logprobs  # noqa: E402
-
-COMMON = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu", "max_position_embeddings": 32768}
-MODELS = {
-    "qwen2.5-1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
-                     "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    "qwen2.5-32b": {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
-                    "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True},
-}  # fmt: skip
-
-
-def main() -> None:
-    arguments = parse()
-    name = "tiny" if arguments.tiny else arguments.model
-    hf = {**COMMON, **MODELS[name]}
-    hf["num_hidden_layers"] = arguments.layers or hf["num_hidden_layers"]
-    gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if gpu else "CPU"
-    results = {"device": device, "torch": torch.__version__, "model": name, "layers": hf["num_hidden_layers"], "rows": []}
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(hf))
-        config = configure(folder, arguments)
-        topology = policy.initialize(config.parallel, config.seed)
-        results["kernels"] = policy.kernels(config)
-        print(f"{name}, {hf['num_hidden_layers']} layers, random weights; {results['kernels']}; torch {torch.__version__}")
-        model = make(config, topology)
-        for tokens in arguments.tokens:
-            config.train.tokens_per_micro_batch = tokens
-            row = measure_step(model, hf, tokens, arguments, device)
-            results["rows"].append(row)
-            print_row("train step", row)
-        weight = policy_head(model)
-        for tokens in arguments.tokens:
-            for way, function in WAYS.items():
-                row = measure_head(function, weight, tokens, hf["vocab_size"], arguments.steps) | {"way": way, "tokens": tokens}
-                results["rows"].append(row)
-                print_row(f"log-probs, {way}", row)
-    policy.shutdown()
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+APART = "bf16, gradients added apart"
+PRECISIONS = ("bf16", "tensorwise", "blockwise", "delayed", APART)
+GOALS = {"qwen2.5-1.5b": ">= 0.40", "qwen2.5-32b": ">= 0.50"}  # MFU in bf16 at the most tokens
+FP8_GOAL = ">= 1.4"  # of the layers
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=[name for name in MODELS if name != "tiny"], default="qwen2.5-1.5b")
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384])
-    parser.add_argument("--fp8", choices=["hybrid", "e4m3"])
-    parser.add_argument("--fp8-recipe", default="tensorwise")
+    parser = common.parser(__doc__, seconds=170)
+    parser.add_argument("--models", nargs="+", choices=list(GOALS), default=list(GOALS))
+    parser.add_argument("--layers", type=int, default=8, help="of qwen2.5-32b")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--micro-batches", type=int, default=2)
     parser.add_argument("--recompute", action="store_true", help="recompute_granularity=full")
-    parser.add_argument("--steps", type=int, default=5, help="timed, after two that are not")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--steps", type=int, default=3, help="timed, after two that are not")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER")
     return parser.parse_args()
 
 
-def configure(folder: str, arguments: argparse.Namespace) -> Config:
+def jobs(arguments: argparse.Namespace) -> list[dict]:
+    """A model in a precision each, the small model first; what is only a comparison on the small one alone."""
+    if arguments.tiny:
+        return [{"model": "tiny", "layers": 2, "precision": "bf16"}]
+    small, large = "qwen2.5-1.5b", "qwen2.5-32b"
+    return [
+        {"model": model, "layers": arguments.layers if model == large else None, "precision": precision}
+        for model in (small, large)
+        if model in arguments.models
+        for precision in arguments.precisions
+        if not (model == large and precision == APART)
+    ]
+
+
+def configure(folder: str, job: dict, arguments: argparse.Namespace) -> Config:
     config = Config(run_dir="unused")
-    config.model.path, config.model.fp8, config.model.fp8_recipe = folder, arguments.fp8, arguments.fp8_recipe
+    config.model.path = folder
+    if job["precision"] not in ("bf16", APART):
+        config.model.fp8, config.model.fp8_recipe = "hybrid", job["precision"]
+    if torch.cuda.is_available() and job["precision"] != APART:
+        config.megatron.transformer["gradient_accumulation_fusion"] = True
     config.train.tokens_per_micro_batch = max(arguments.tokens)
     config.train.recompute_granularity = "full" if arguments.recompute else None
     config.objective.reduction = "token-mean"
@@ -100,115 +82,167 @@ def make(config: Config, topology: policy.Topology) -> policy.Policy:
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.module.parameters():
-            parameter.fill_(1.0) if parameter.ndim == 1 else parameter.copy_(0.02 * torch.randn_like(parameter))
+            parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0, 0.02)
     model.optimizer.reload_model_params()
     return model
 
 
 def packed(model: policy.Policy, tokens: int, vocab: int) -> tuple[list, list[int]]:
-    """A mini-batch of one full micro-batch, and the lengths of its answers: random ids, a prompt of an eighth and an answer each."""
+    """A mini-batch of one full micro-batch, and the lengths of its answers: random ids, a prompt of 8 tokens and an answer each."""
     rng, lengths = np.random.default_rng(0), []
     while sum(lengths) < tokens:  # a tenth to a half of what there is
         lengths.append(min(int(rng.integers(tokens // 10, tokens // 2)), tokens - sum(lengths)))
     lengths = [length for length in lengths if length >= 16]
     answers = {}
     for number, length in enumerate(lengths):
-        ids, prompt = rng.integers(0, vocab, length).tolist(), length // 8
-        answers[number] = batching.TrainingAnswer(
-            ids[:prompt], ids[prompt:], [-1.0] * (length - prompt), [1] * (length - prompt), float(number % 2)
-        )
-    prompts = np.array([len(a.prompt) for a in answers.values()])
+        ids = rng.integers(0, vocab, length).tolist()
+        answers[number] = batching.TrainingAnswer(ids[:8], ids[8:], [-1.0] * (length - 8), [1] * (length - 8), float(number % 2))
     responses = np.array([len(a.response) for a in answers.values()])
     table = batching.Answers(
-        prompts, responses, responses, np.arange(len(lengths)) % 2.0, np.zeros(len(lengths)), np.zeros(len(lengths), int)
+        np.full(len(lengths), 8), responses, responses, np.arange(len(lengths)) % 2.0, np.zeros(len(lengths)), np.zeros(len(lengths), int)
     )
     plan = batching.plan(table, model.layout(1), lambda verdicts, _: np.ones(len(verdicts)), "token-mean", 1.0)
     [batches] = model.pack(plan, answers)
     return batches, lengths
 
 
-def measure_step(model: policy.Policy, hf: dict, tokens: int, arguments: argparse.Namespace, device: str) -> dict:
+def measure_job(job: dict, arguments: argparse.Namespace, budget: common.Budget) -> dict:
+    """Rows of one model in one precision: {"steps": [a row for each number of tokens], "kernels": ...}."""
+    hf, steps = common.shape(job["model"], job["layers"]), []
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(hf))
+        config = configure(folder, job, arguments)
+        model = make(config, policy.initialize(config.parallel, config.seed))
+        print(f"{job['model']}, {hf['num_hidden_layers']} layers, {job['precision']}; {policy.kernels(config)}", flush=True)
+        for tokens in sorted(arguments.tokens):
+            config.train.tokens_per_micro_batch = tokens
+            steps.append(common.row({"tokens": tokens}, partial(measure_step, model, hf, tokens, arguments, budget)))
+            print(line(steps[-1]), flush=True)
+        found = {"layers": hf["num_hidden_layers"], "kernels": policy.kernels(config), "steps": steps}
+        if arguments.profile and "error" not in steps[-1]:
+            found["profile"] = profile(model, hf, job, arguments)
+    del model
+    policy.shutdown()
+    common.free()
+    return found
+
+
+def step_of(model: policy.Policy, hf: dict, tokens: int, micro_batches: int) -> tuple[Callable[[], object], list[int]]:
+    """(an update, the lengths of its answers)."""
     batches, lengths = packed(model, tokens, hf["vocab_size"])
     objective = partial(objectives.loss, settings=model.config.objective)
     model.fill_old_logprobs(batches, model.config.objective)
-    seconds, memory = timed(lambda: model.update(batches, objective, objectives.METRICS), arguments.steps)
-    row = {"tokens": tokens, "fp8": arguments.fp8, "seconds": seconds, "tokens_per_second": sum(lengths) / seconds, "peak_bytes": memory}
-    if limit := peak(device, fp8=arguments.fp8 is not None):
-        row["mfu"] = training_flops(hf, lengths) / seconds / limit
-    return row
+    whole = batches * micro_batches
+    return lambda: model.update(whole, objective, objectives.METRICS), lengths * micro_batches
 
 
-def policy_head(model: policy.Policy) -> torch.Tensor:
-    from megatron_nft.policy.model import head_weight
-
-    return head_weight(model.module).detach().clone()
-
-
-def one_pass(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab: int) -> torch.Tensor:
-    return fused_loss(hidden, Head(weight, vocab), targets, lambda values, *_: (values.sum(), {}))[0]
-
-
-def recomputing(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab: int) -> torch.Tensor:
-    return logprobs(hidden, Head(weight, vocab), targets)[0].sum()
-
-
-def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab: int) -> torch.Tensor:
-    return (hidden @ weight[:vocab].T).float().log_softmax(-1).gather(1, targets[:, None]).sum()
-
-
-def liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab: int) -> torch.Tensor:
-    return -LigerLoss(reduction="sum")(weight[:vocab], hidden, targets)
-
-
-WAYS = {"one pass": one_pass, "recomputing": recomputing, "plain": plain}
-try:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss as LigerLoss
-
-    if torch.cuda.is_available():  # its kernels are Triton's
-        WAYS["Liger"] = liger
-except ModuleNotFoundError:
-    pass  # the table then has no such row
+def measure_step(model: policy.Policy, hf: dict, tokens: int, arguments: argparse.Namespace, budget: common.Budget) -> dict:
+    update, lengths = step_of(model, hf, tokens, arguments.micro_batches)
+    with Phases(model) as phases:
+        seconds, memory = common.timed(lambda: phases.step(update), arguments.steps, budget=budget)
+        parts = phases.medians(skip=2)
+    done, in_layers = training_flops(hf, lengths), layer_flops(hf, lengths)
+    found = {
+        "micro_batches": arguments.micro_batches,
+        "seconds": seconds,
+        "tokens_per_second": sum(lengths) / seconds,
+        "peak_bytes": memory,
+        **{f"{name}_seconds": value for name, value in parts.items()},
+        "tflops": done / seconds / 1e12,
+        "layers_tflops": in_layers / parts["layers"] / 1e12,
+    }
+    if limit := peak(common.device(), fp8=False):
+        found |= {"mfu": done / seconds / limit, "layers_mfu": in_layers / parts["layers"] / limit}
+    if model.config.model.fp8 and (limit := peak(common.device(), fp8=True)):
+        found["fp8_mfu"] = done / seconds / limit
+    return found
 
 
-def measure_head(function, weight: torch.Tensor, tokens: int, vocab: int, steps: int) -> dict:
-    """Forward and backward of the log-probs of `tokens` random hidden states."""
-    g = torch.Generator(device=weight.device).manual_seed(0)
-    hidden = torch.randn(tokens, weight.shape[1], device=weight.device, generator=g).to(weight.dtype).requires_grad_()
-    targets = torch.randint(0, vocab, (tokens,), device=weight.device, generator=g)
-    weight = weight.requires_grad_()
-
-    def work() -> None:
-        hidden.grad = weight.grad = None
-        function(hidden, weight, targets, vocab).backward()
-
-    try:
-        seconds, memory = timed(work, steps)
-    except torch.OutOfMemoryError:
-        return {"seconds": None, "peak_bytes": None}
-    return {"seconds": seconds, "peak_bytes": memory}
+def profile(model: policy.Policy, hf: dict, job: dict, arguments: argparse.Namespace) -> dict:
+    """Kernels of one step by kind, also written to the folder --profile."""
+    tokens = max(arguments.tokens)
+    update, _ = step_of(model, hf, tokens, arguments.micro_batches)
+    update()
+    table = profiled(update)
+    name = f"{job['model']}-{job['precision'].replace(', ', '-').replace(' ', '-')}-{tokens}"
+    title = f"{job['model']}, {hf['num_hidden_layers']} layers, {job['precision']}, {tokens:,} tokens x {arguments.micro_batches}"
+    arguments.profile.mkdir(parents=True, exist_ok=True)
+    (arguments.profile / f"{name}.txt").write_text(f"{title}, on {common.device()}\n{table.text}\n")
+    (arguments.profile / f"{name}.json").write_text(json.dumps(table.found, indent=1))
+    print(f"{title}\n{table.text}", flush=True)
+    return table.found
 
 
-def timed(work, steps: int) -> tuple[float, int]:
-    """(median seconds of `steps` runs after two, most bytes in use)."""
-    meter, took = policy.PeakMemory(), []
-    for step in range(2 + steps):
-        if step == 2:
-            meter.start()
-        torch.cuda.synchronize()  # a CPU has nothing to wait for (policy/cpu.py)
-        started = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        took.append(time.perf_counter() - started)
-    return statistics.median(took[2:]), meter.peak()
+def flat(found: list[dict]) -> list[dict]:
+    """A row for each model, precision and number of tokens; one for a job of which nothing came."""
+    rows = []
+    for job in found:
+        shared = {key: value for key, value in job.items() if key not in ("steps", "profile")}
+        rows += [shared | step for step in job["steps"]] if "steps" in job else [shared]
+    return rows
 
 
-def print_row(what: str, row: dict) -> None:
-    if row["seconds"] is None:
-        print(f"{what:<20}{row['tokens']:>8} tokens   does not fit")
-        return
-    more = f"  MFU {row['mfu']:.1%}" if "mfu" in row else ""
-    print(f"{what:<20}{row['tokens']:>8} tokens  {row['seconds'] * 1e3:>10.1f} ms  {row['tokens'] / row['seconds']:>12,.0f} tokens/s  "
-          f"peak {row['peak_bytes'] / 2**30:.2f} GiB{more}")  # fmt: skip
+def ratios(rows: list[dict], models: list[str], tokens: list[int]) -> list[dict]:
+    """What is asked of these rows, and what stands beside it."""
+    found, most = [], max(tokens)
+
+    def of(model: str, precision: str, count: int) -> dict | None:
+        return next((r for r in rows if (r["model"], r["precision"], r.get("tokens")) == (model, precision, count)), None)
+
+    for model in models:
+        for count in sorted(tokens):
+            plain = of(model, "bf16", count) or {}
+            found.append(common.ratio(f"{model}, {count} tokens: MFU in BF16", plain.get("mfu"), GOALS[model] if count == most else None))
+            for recipe in ("tensorwise", "blockwise", "delayed"):
+                fp8 = of(model, recipe, count)
+                goal = FP8_GOAL if model == "qwen2.5-32b" and count == most else None
+                layers, whole = (common.quotient(plain, fp8, key) for key in ("layers_seconds", "seconds"))
+                found.append(common.ratio(f"{model}, {count} tokens: FP8 {recipe} over BF16, layers", layers, goal))
+                found.append(common.ratio(f"{model}, {count} tokens: FP8 {recipe} over BF16, whole step", whole))
+            apart = common.quotient(of(model, APART, count), plain, "seconds")
+            if apart is not None:
+                found.append(common.ratio(f"{model}, {count} tokens: gradients added apart, time to together", apart))
+    return _best_recipe(found)
+
+
+def _best_recipe(found: list[dict]) -> list[dict]:
+    """The goal of FP8 is one of the recipes': where one meets it, the others are not asked for it."""
+    asked = [r for r in found if r["goal"] == FP8_GOAL]
+    if any(r["met"] for r in asked):
+        for r in asked:
+            if not r["met"]:
+                r["goal"] = r["met"] = None
+    return found
+
+
+def line(row: dict) -> str:
+    if "error" in row:
+        return f"  {row['tokens']:>6} tokens  {row['error']}"
+    more = f"  MFU {row['mfu']:.1%} (layers {row['layers_mfu']:.1%})" if "mfu" in row else ""
+    parts = ", ".join(f"{part} {row[f'{part}_seconds'] * 1e3:.1f}" for part in ("layers", "head", "optimizer"))
+    return (f"  {row['tokens']:>6} tokens  {row['seconds'] * 1e3:>9.1f} ms: {parts}  {row['tokens_per_second']:>10,.0f} tokens/s  "
+            f"{row['tflops']:.1f} TFLOP/s  peak {row['peak_bytes'] / 2**30:.2f} GiB{more}")  # fmt: skip
+
+
+def main() -> None:
+    arguments = parse()
+    budget = common.Budget(arguments.seconds)
+    if arguments.tiny:
+        arguments.tokens, arguments.steps = [128, 256], 1
+    if arguments.jobs:
+        return common.work_off(arguments, lambda job: measure_job(job, arguments, budget))
+    given = ["--layers", str(arguments.layers), "--tokens", *map(str, arguments.tokens), "--micro-batches", str(arguments.micro_batches)]
+    given += ["--steps", str(arguments.steps), *(["--tiny"] if arguments.tiny else []), *(["--recompute"] if arguments.recompute else [])]
+    given += ["--profile", str(arguments.profile)] if arguments.profile else []
+    rows, models = [], ["tiny"] if arguments.tiny else arguments.models
+    todo = jobs(arguments)
+    for model in dict.fromkeys(job["model"] for job in todo):  # a process each, whose memory goes with it
+        rows += common.measure(__file__, [job for job in todo if job["model"] == model], given, budget)
+    found = flat(rows)
+    asked = [] if arguments.tiny else ratios(found, models, arguments.tokens)
+    profiles = {f"{job['model']}, {job['precision']}": job["profile"] for job in rows if "profile" in job}
+    common.finish("train_step", found, asked, arguments.json, profiles=profiles)
+    return None
 
 
 if __name__ == "__main__":

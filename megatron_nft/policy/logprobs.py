@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_nft.policy import versions
+
 CHUNK_BYTES = 2**29  # of the buffer: 882 tokens of a vocabulary of 152,064
 
 # (log-probs [chunk], entropies [chunk] or None, which of the tokens) -> loss (a scalar, summed), metrics (sums; names in _max: maxima)
@@ -125,8 +127,7 @@ class _Chunks:
         rows = len(head.weight)
         self.hidden, self.head = hidden, head
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
-        # A GPU multiplies 16-bit operands into float32; the CPU has no such product, so there both are made float32 first.
-        self.mixed = hidden.is_cuda and hidden.dtype != self.dtype
+        self.mixed = _multiplies_wide(hidden.device) and hidden.dtype != self.dtype
         self.weight = self._operand(head.weight)
         self.parts = _cut(len(hidden), chunk or max(CHUNK_BYTES // (rows * self.dtype.itemsize), 1))
         most = self.parts[0].stop
@@ -169,21 +170,27 @@ class _Chunks:
         return d_hidden, torch.zeros(weight.shape, dtype=self.dtype, device=weight.device) if wanted[1] else None
 
     def accumulate(self, gradients, part: slice, exps: torch.Tensor, grad: torch.Tensor, factor: torch.Tensor) -> None:
-        """Add a part's gradients. grad [part]: dL / dlog-prob; exps times factor [part] is the softmax times grad. Overwrites exps."""
+        """Add a part's gradients. grad [part]: dL / dlog-prob; exps times factor [part] is the softmax times grad. May overwrite exps."""
         d_hidden, d_weight = gradients
         temperature = self.head.temperature
-        # d log-prob / d logits = (onehot - softmax) / temperature
-        d = exps.mul_((factor / -temperature)[:, None])
-        d.scatter_add_(1, self.local[part, None], (grad / temperature * self.mine[part])[:, None])
-        d = self._operand(d)
+        d = self._d_logits(part, exps, factor / -temperature, grad / temperature * self.mine[part])
         if d_hidden is not None:
             d_hidden[part] = d @ self.weight
         if d_weight is not None:
             h = self._operand(self.hidden[part])
             if self.mixed:
-                d_weight.add_(self._product(d.T, h))
+                versions.add_product(d_weight, d.T, h)
             else:
                 d_weight.addmm_(d.T, h)
+
+    def _d_logits(self, part: slice, exps: torch.Tensor, factor: torch.Tensor, at_target: torch.Tensor) -> torch.Tensor:
+        """exps x factor [part], and at_target [part] more at the target, as an operand: d log-prob / d logits = (onehot - softmax) /
+        temperature. Where that has 16 bits it is rounded in the same pass over the chunk; every entry is rounded once."""
+        at, factor = self.local[part, None], factor[:, None]
+        if not self.mixed:
+            return exps.mul_(factor).scatter_add_(1, at, at_target[:, None])
+        d = torch.mul(exps, factor, out=torch.empty_like(exps, dtype=self.hidden.dtype))
+        return d.scatter_(1, at, (exps.gather(1, at) * factor + at_target[:, None]).to(d.dtype))
 
     def finish(self, gradients) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         d_hidden, d_weight = gradients
@@ -196,6 +203,11 @@ class _Chunks:
         if self.mixed:
             return torch.mm(a, b, out_dtype=self.dtype)  # never rounded to 16 bits
         return torch.mm(a, b, out=None if buffer is None else buffer[: len(a)])
+
+
+def _multiplies_wide(device: torch.device) -> bool:
+    """Whether 16-bit operands can be multiplied into float32: on CUDA. On the CPU both are made float32 first."""
+    return device.type == "cuda"
 
 
 def _cut(tokens: int, most: int) -> list[slice]:

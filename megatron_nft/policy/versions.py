@@ -185,6 +185,20 @@ def causal_varlen_attention(scale: float | None = None, function: Callable | Non
     return attend
 
 
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b in place: float32 of 16-bit operands on CUDA, never rounded to 16 bits. From PyTorch 2.11 on in the product itself;
+    earlier ones take no float32 summand, and make the product apart."""
+    if _release() >= (2, 11):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+
+
+def _release() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def values_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The parameter's data as a plain tensor: one kept in FP8 (model.fp8_param_gather) becomes bf16."""
     return plain(parameter).data

@@ -201,3 +201,55 @@ def test_a_loss_scale_keeps_small_float16_gradients(denominator):
     )
     for mine, theirs in zip(torch.autograd.grad(65536.0 * loss, small), expected, strict=True):
         assert (mine.double() - theirs).norm() < 0.01 * theirs.norm()
+
+
+def wide_products(monkeypatch, release=(2, 11)) -> list[str]:
+    """The CPU as a GPU that multiplies 16-bit operands into float32; which of torch's functions were asked to is in the list."""
+    asked, mm = [], torch.mm
+
+    def wide_mm(a, b, out_dtype=None, out=None):
+        if out_dtype is None:
+            return mm(a, b, out=out)
+        asked.append("mm")
+        return mm(a.to(out_dtype), b.to(out_dtype))
+
+    def wide_addmm(total, a, b, out_dtype, out):
+        asked.append("addmm")
+        assert out is total and out_dtype == torch.float32 and a.dtype == b.dtype == torch.bfloat16
+        return out.add_(mm(a.float(), b.float()))
+
+    monkeypatch.setattr(torch, "mm", wide_mm)
+    monkeypatch.setattr(torch, "addmm", wide_addmm)
+    monkeypatch.setattr(module, "_multiplies_wide", lambda device: True)
+    monkeypatch.setattr(module.versions, "_release", lambda: release)
+    return asked
+
+
+@FORMS
+@pytest.mark.parametrize("chunk", [1, 5, None])
+@pytest.mark.parametrize("release", [(2, 10), (2, 11)])
+def test_products_of_16_bit_operands_in_float32(form, chunk, release, monkeypatch):
+    """As on a GPU: log-probs as from float64 operands to 1e-5, gradients to bf16's rounding of d logits and of the result."""
+    h, w, targets, vocab = make(torch.float32, tokens=24, hidden=8, vocab=50, padded=64)
+    wide = [t.detach().bfloat16().double().requires_grad_() for t in (h, w)]
+    h, w = (t.detach().bfloat16().requires_grad_() for t in (h, w))
+    loss_of = weighted(weights_for(h).float())
+    want, _ = loss_of(plain(*wide, targets, vocab, 0.7)[0], None, slice(None))
+    asked = wide_products(monkeypatch, release)
+    loss, _ = by_form(form, h, Head(w, vocab, 0.7), targets, loss_of, chunk=chunk)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(torch.autograd.grad(loss, (h, w)), torch.autograd.grad(want, wide), strict=True):
+        assert mine.dtype == torch.bfloat16 and (mine.double() - theirs).abs().max() < 0.01 * theirs.abs().max()
+    assert ("addmm" in asked) == (release >= (2, 11))
+
+
+def test_a_targets_gradient_is_rounded_once(monkeypatch):
+    """softmax x grad and the target's own grad, of opposite signs and nearly alike, are summed before they are rounded to 16 bits: of a
+    nearly certain target what is left is right to bf16's precision."""
+    wide_products(monkeypatch)
+    h, w = torch.tensor([[3.0, 0.0]]).bfloat16().requires_grad_(), torch.tensor([[2.0, 0.0], [0.0, 1.0]]).bfloat16().requires_grad_()
+    values, _ = logprobs(h, Head(w, 2), torch.tensor([0]))
+    d_hidden, d_weight = torch.autograd.grad(values.sum(), (h, w))
+    left = 1 / (1 + torch.tensor(6.0).exp())  # 1 - softmax
+    torch.testing.assert_close(d_weight.float()[:, 0], 3 * torch.stack([left, -left]), rtol=1e-2, atol=0.0)
+    torch.testing.assert_close(d_hidden.float()[0], torch.stack([2 * left, -left]), rtol=1e-2, atol=0.0)
