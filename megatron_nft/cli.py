@@ -125,6 +125,8 @@ def _plan_arguments(command: argparse.ArgumentParser) -> None:
     text = "overrides of another candidate, quoted as in a shell, to be put beside; may be given several times"
     command.add_argument("--with", dest="others", action="append", default=[], metavar="'key=value ...'", help=text)
     command.add_argument("--rehearse", action="store_true", help="drive the control path of a step with all ranks, without weights")
+    command.add_argument("--against", type=Path, metavar="RUN_DIR", help="beside it what a run measured, and every error in percent")
+    command.add_argument("--any-device", action="store_true", help="of --against: though the run was not on plan.gpu")
     command.add_argument("--json", action="store_true", help="all numbers as JSON; bytes and seconds")
     command.add_argument("--output", type=Path, metavar="DIR", help="write plan.json, plan.png and plan.html there")
 
@@ -206,8 +208,13 @@ def _preflight(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from megatron_nft.planner.command import Asked, run
+    from megatron_nft.planner.command import Asked, against, run
 
+    if arguments.against:
+        if arguments.search or arguments.others or arguments.rehearse or arguments.output:
+            raise UserError("--against has other things beside it than --json and --any-device", "ask for them by themselves")
+        settings = config.load(arguments.config, arguments.overrides)
+        return against(settings, arguments.against, arguments.any_device, arguments.json)
     if arguments.top < 1:
         raise UserError(f"--top is {arguments.top}", "use 1 or more")
     path, overrides = arguments.config, arguments.overrides

@@ -3,6 +3,7 @@
 from megatron_nft.policy.checks import check, check_chip
 from megatron_nft.policy.exhausted import memory_told
 from megatron_nft.policy.machine import check as check_machine
+from megatron_nft.policy.machine import device_name
 from megatron_nft.policy.memory import PeakMemory
 from megatron_nft.policy.model import kernels
 from megatron_nft.policy.policy import Policy
@@ -23,6 +24,7 @@ __all__ = [
     "check_machine",
     "check_profiled_ranks",
     "checksums",
+    "device_name",
     "gathered",
     "hosts",
     "initialize",

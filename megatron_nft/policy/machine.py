@@ -16,6 +16,11 @@ FP8_CHIPS = {"delayed": ((8, 9), None), "tensorwise": ((8, 9), None), "blockwise
 BLOCKWISE_CUDA = (12, 9)  # of torch, at least
 
 
+def device_name() -> str:
+    """This rank's GPU by its product name, or "CPU"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
 def check() -> None:
     """Raise UserError where a machine has NVIDIA GPUs, this torch is built for them and cannot use the one of this rank. Where no GPU is
     wanted (CUDA_VISIBLE_DEVICES=-1) and where torch is a build for the CPU, a run goes on without."""
