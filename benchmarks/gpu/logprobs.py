@@ -142,7 +142,7 @@ def ratios(rows: list[dict]) -> list[dict]:
 
 def main() -> None:
     arguments = parse()
-    budget, tokens, rows = common.Budget(arguments.seconds), arguments.tokens, []
+    budget, tokens, rows = common.budget_of(arguments), arguments.tokens, []
     if arguments.tiny:
         tokens, arguments.hidden, arguments.vocab, arguments.chunks, arguments.repeats = 256, 32, 1000, [64], 1
     print(f"hidden {arguments.hidden}, vocabulary {arguments.vocab}; the default chunk is {CHUNK_BYTES // (4 * arguments.vocab)} tokens")

@@ -75,8 +75,7 @@ class Phases:
 
     def _before(self, module, args, kwargs) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        hidden = getattr(hidden, "unwrap", lambda: hidden)()  # Megatron's WrappedTensor, of inference
-        if hidden.requires_grad:
+        if torch.is_tensor(hidden) and hidden.requires_grad:  # inference wraps it
             hidden.register_hook(lambda grad: self._end("layers"))
         self._begin("layers")
 

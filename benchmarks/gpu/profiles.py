@@ -40,14 +40,16 @@ def kind_of(name: str) -> str:
 
 
 def profiled(work: Callable[[], object]) -> Table:
-    """Run `work` once under torch.profiler. On a GPU kernels and copies count, on a CPU operators, without those they call."""
+    """Run `work` twice under torch.profiler, whose first time is slow, and take the second. On a GPU kernels and copies count, and the
+    host is not watched, which would hold it up; on a CPU operators count, without those they call."""
     from torch.profiler import ProfilerActivity, profile
 
     gpu = torch.cuda.is_available()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as trace:
-        work()
-        if gpu:
-            torch.cuda.synchronize()
+    for _ in range(2):
+        with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as trace:
+            work()
+            if gpu:
+                torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         trace.export_chrome_trace(str(path))

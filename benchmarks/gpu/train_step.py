@@ -29,6 +29,8 @@ from profiles import profiled
 
 from megatron_nft import batching, objectives, policy
 from megatron_nft.config import Config
+from megatron_nft.errors import first_line
+from megatron_nft.policy import versions
 
 APART = "bf16, gradients added apart"
 PRECISIONS = ("bf16", "tensorwise", "blockwise", "delayed", APART)
@@ -68,7 +70,7 @@ def configure(folder: str, job: dict, arguments: argparse.Namespace) -> Config:
     config.model.path = folder
     if job["precision"] not in ("bf16", APART):
         config.model.fp8, config.model.fp8_recipe = "hybrid", job["precision"]
-    if torch.cuda.is_available() and job["precision"] != APART:
+    if torch.cuda.is_available() and job["precision"] != APART and versions.have_fused_accumulation():
         config.megatron.transformer["gradient_accumulation_fusion"] = True
     config.train.tokens_per_micro_batch = max(arguments.tokens)
     config.train.recompute_granularity = "full" if arguments.recompute else None
@@ -120,7 +122,7 @@ def measure_job(job: dict, arguments: argparse.Namespace, budget: common.Budget)
             print(line(steps[-1]), flush=True)
         found = {"layers": hf["num_hidden_layers"], "kernels": policy.kernels(config), "steps": steps}
         if arguments.profile and "error" not in steps[-1]:
-            found["profile"] = profile(model, hf, job, arguments)
+            found |= profile(model, hf, job, arguments)
     del model
     policy.shutdown()
     common.free()
@@ -159,18 +161,21 @@ def measure_step(model: policy.Policy, hf: dict, tokens: int, arguments: argpars
 
 
 def profile(model: policy.Policy, hf: dict, job: dict, arguments: argparse.Namespace) -> dict:
-    """Kernels of one step by kind, also written to the folder --profile."""
+    """{"profile": kernels of one step by kind}, also written to the folder --profile."""
     tokens = max(arguments.tokens)
     update, _ = step_of(model, hf, tokens, arguments.micro_batches)
-    update()
-    table = profiled(update)
+    try:
+        table = profiled(update)
+    except RuntimeError as error:  # where CUPTI may not be used; what was timed stays
+        print(f"no profile: {error}", flush=True)
+        return {"profile_error": first_line(error)}
     name = f"{job['model']}-{job['precision'].replace(', ', '-').replace(' ', '-')}-{tokens}"
     title = f"{job['model']}, {hf['num_hidden_layers']} layers, {job['precision']}, {tokens:,} tokens x {arguments.micro_batches}"
     arguments.profile.mkdir(parents=True, exist_ok=True)
     (arguments.profile / f"{name}.txt").write_text(f"{title}, on {common.device()}\n{table.text}\n")
     (arguments.profile / f"{name}.json").write_text(json.dumps(table.found, indent=1))
     print(f"{title}\n{table.text}", flush=True)
-    return table.found
+    return {"profile": table.found}
 
 
 def flat(found: list[dict]) -> list[dict]:
@@ -226,7 +231,7 @@ def line(row: dict) -> str:
 
 def main() -> None:
     arguments = parse()
-    budget = common.Budget(arguments.seconds)
+    budget = common.budget_of(arguments)
     if arguments.tiny:
         arguments.tokens, arguments.steps = [128, 256], 1
     if arguments.jobs:

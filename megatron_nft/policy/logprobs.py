@@ -86,6 +86,7 @@ class _LogProbs(torch.autograd.Function):
         for part in work.parts:
             softmax = work.logits(part).sub_(lse[part, None]).exp_()
             work.accumulate(gradients, part, softmax, grad[part], grad[part])
+            del softmax
         return (*work.finish(gradients), None, None, None, None)
 
 
@@ -106,6 +107,7 @@ class _FusedLoss(torch.autograd.Function):
             if any(wanted):
                 coefficient = scale * torch.autograd.grad(loss, values)[0]
                 work.accumulate(gradients, part, softmax, coefficient, coefficient * (largest - lse).detach().exp())
+            del softmax  # a GPU makes the next chunk's logits in new memory: never two of them
         ctx.gradients, ctx.scale = work.finish(gradients), scale
         metrics.update(_merge(sums))
         return torch.stack(losses).sum()

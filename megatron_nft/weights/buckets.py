@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 ALIGNMENT = 16  # bytes: a slice of a buffer can be viewed as any dtype
 
 
+@cache
 def room(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Bytes that a tensor takes in a buffer."""
     nbytes = torch.Size(shape).numel() * dtype.itemsize
@@ -20,6 +22,12 @@ def room(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 def view(buffer: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The tensor that lies at a place in a buffer of bytes."""
     return buffer[offset : offset + torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
+
+
+@cache
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a tensor without gaps."""
+    return tuple(torch.Size(shape[i + 1 :]).numel() for i in range(len(shape)))
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,11 @@ class Bucket:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, view of the buffer)."""
-        for slot in self.slots:
-            yield slot.name, view(self.buffer, slot.offset, slot.shape, slot.dtype)
+        typed = {dtype: self.buffer.view(dtype) for dtype in {slot.dtype for slot in self.slots}}
+        for slot in self.slots:  # one operation a tensor: a model has hundreds, each of microseconds
+            whole = typed[slot.dtype]
+            start = whole.storage_offset() + slot.offset // slot.dtype.itemsize
+            yield slot.name, whole.as_strided(slot.shape, _strides(slot.shape), start)
 
 
 class Buffers:

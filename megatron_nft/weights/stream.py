@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_nft.weights.buckets import Bucket, Buffers, Slot, room, view
+from megatron_nft.weights.layouts import Pairs
 from megatron_nft.weights.table import Table, expert_number, with_expert
 
 Group = dist.ProcessGroup | None
@@ -92,8 +93,9 @@ def stream(
     values(tensor), of the tensor's shape, made when its bucket's turn comes.
     expert_group: the ranks that together hold a stage's experts, slices of an expert adjacent; expert_parallel_size of them hold
     different experts, equally many.
-    bucket_bytes: a bucket holds at most this, or what one Megatron tensor holds. Memory: a bucket, its gathered shards (as many bytes
-    again, none where nothing is gathered), and each earlier bucket of which the consumer still keeps a tensor.
+    bucket_bytes: a bucket holds at most this, or what one Megatron tensor holds. Memory: a bucket, its gathered shards or what `values`
+    made anew (as many bytes again, none where nothing is gathered or made), and each earlier bucket of which the consumer still keeps a
+    tensor.
     Raises ValueError where the ranks together do not hold every tensor of the table.
     """
     table.check_tensor_parallel(_size(tp_group))
@@ -164,9 +166,26 @@ def _filled(
         slices = ((shard.name, [values(mine[shard.name])]) for shard in load.shards)
     else:
         slices = _unpacked(load, gather(received(load, mine, pp_group, values, empty), load.ranks, empty))
-    for name, pieces in slices:
-        table.collect(name, pieces, [places[part] for part in table.hf_shapes_of(name)])
+    _copy([pair for name, pieces in slices for pair in table.places(name, pieces, [places[part] for part in table.hf_shapes_of(name)])])
     return bucket
+
+
+def _copy(pairs: Pairs) -> None:
+    """The first of each pair onto the second. Those without gaps go together, where one kernel can do many: most tensors are small, and to
+    start a copy takes longer than the copy."""
+    together, apart = [], []
+    for pair in pairs:
+        gapless = _fuses(pair[1].device) and pair[0].is_contiguous() and pair[1].is_contiguous()
+        (together if gapless else apart).append(pair)
+    if together:
+        torch._foreach_copy_([theirs for _, theirs in together], [mine for mine, _ in together])
+    for mine, theirs in apart:
+        theirs.copy_(mine)
+
+
+def _fuses(device: torch.device) -> bool:
+    """Whether torch has one kernel for many copies."""
+    return device.type == "cuda"
 
 
 def received(

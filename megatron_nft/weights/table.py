@@ -77,6 +77,8 @@ class Table:
         self._of_layers = [[entry.megatron for entry in layer] for layer in layers]
         entries = [EMBEDDING, *chain.from_iterable(layers), FINAL_NORM, *([] if self.sizes.tied else [HEAD])]
         self._entries = {entry.megatron: entry for entry in entries}
+        self._canonical: dict[str, str] = {}  # of the names that were asked for: a weight sync asks for all of them, several times
+        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
 
     @property
     def tied(self) -> bool:
@@ -99,6 +101,11 @@ class Table:
 
     def canonical(self, megatron_name: str) -> str:
         """The name this table lists a tensor under. Raises ValueError for a name no such model has."""
+        if megatron_name not in self._canonical:
+            self._canonical[megatron_name] = self._listed(megatron_name)
+        return self._canonical[megatron_name]
+
+    def _listed(self, megatron_name: str) -> str:
         name = megatron_name
         if self.tied and name == HEAD.megatron:
             return EMBEDDING.megatron
@@ -124,7 +131,10 @@ class Table:
 
     def hf_shapes_of(self, megatron_name: str) -> dict[str, tuple[int, ...]]:
         """The Hugging Face tensors in one Megatron tensor, and their shapes."""
-        return {name: self.sizes.shape(words) for name, words in self._entry(megatron_name).huggingface.items()}
+        name = self.canonical(megatron_name)
+        if name not in self._shapes:
+            self._shapes[name] = {part: self.sizes.shape(words) for part, words in self._entries[name].huggingface.items()}
+        return self._shapes[name]
 
     def shard_shape(self, megatron_name: str, tp_size: int) -> tuple[int, ...]:
         """Of one rank's slice, padding included; of an expert's tensor tp is the experts' own."""
@@ -156,10 +166,14 @@ class Table:
 
     def collect(self, megatron_name: str, shards: Sequence[Tensor], parts: list[Tensor]) -> None:
         """Copy every rank's slice of a tensor, in rank order, to its places in the Hugging Face tensors, which are given."""
+        for mine, theirs in self.places(megatron_name, shards, parts):
+            theirs.copy_(mine)
+
+    def places(self, megatron_name: str, shards: Sequence[Tensor], parts: list[Tensor]) -> Pairs:
+        """What `collect` copies: (view of a rank's slice, view of a Hugging Face tensor), two by two."""
         cut = self._entry(megatron_name).layout.cut
-        for rank, shard in enumerate(shards if cut else shards[:1]):
-            for mine, theirs in self._pairs(megatron_name, shard, parts, rank, len(shards)):
-                theirs.copy_(mine)
+        ranks = enumerate(shards if cut else shards[:1])
+        return [pair for rank, shard in ranks for pair in self._pairs(megatron_name, shard, parts, rank, len(shards))]
 
     def shard(self, megatron_name: str, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
         """One rank's slice of a full tensor; otherwise as to_megatron."""

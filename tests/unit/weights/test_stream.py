@@ -1,5 +1,6 @@
 """The stream of one rank, its plan for many, and the memory of its buckets. (tests/distributed/test_layouts.py has real ranks.)"""
 
+import sys
 import weakref
 from itertools import chain
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from megatron_nft.weights import Bucket, Buffers, load_huggingface, stream
-from megatron_nft.weights.buckets import ALIGNMENT
+from megatron_nft.weights.buckets import ALIGNMENT, Slot
 from megatron_nft.weights.stream import Ranks, Shard, plan
 from tests.support import tiny_model
 
@@ -37,6 +38,35 @@ def test_one_rank_gives_every_tensor_in_order(source, limit):
         assert len(bucket.buffer) <= limit or len(bucket.slots) <= fused
         assert {t.untyped_storage().data_ptr() for _, t in bucket.tensors()} == {bucket.buffer.untyped_storage().data_ptr()}
     assert (len(buckets) == 1) == (limit == 2**28)
+
+
+def test_copies_that_one_kernel_does_are_the_same(source, monkeypatch):
+    """As on a GPU: what has no gaps on either side is copied together, the rest (queries, keys and values) apart."""
+    module, calls, many = sys.modules[stream.__module__], [], torch._foreach_copy_
+
+    def foreach(theirs, mine):
+        calls.append(len(mine))
+        assert all(t.is_contiguous() for t in (*theirs, *mine))
+        many(theirs, mine)
+
+    monkeypatch.setattr(module, "_fuses", lambda device: True)
+    monkeypatch.setattr(torch, "_foreach_copy_", foreach)
+    buckets = list(stream(whole(source), source.table))
+    assert all(torch.equal(tensor, source.get(name)) for bucket in buckets for name, tensor in bucket.tensors())
+    fused = sum("qkv" in name for name in source.table.megatron_names())  # each of three parts
+    assert fused and calls == [len(source.names()) - 3 * fused]
+
+
+def test_a_bucket_in_the_midst_of_memory():
+    """Views of a buffer that is a part of another one, with tensors of several dtypes."""
+    memory = torch.zeros(96, dtype=torch.uint8)
+    slots = [Slot("a", (2, 3), torch.bfloat16, 0), Slot("b", (), torch.float32, 16), Slot("c", (4,), torch.float64, 32)]
+    views = dict(Bucket(memory[16:80], slots).tensors())
+    for name, value in (("a", 1.5), ("b", 2.5), ("c", 3.5)):
+        views[name].fill_(value)
+    assert memory[16:28].view(torch.bfloat16).tolist() == [1.5] * 6 and memory[32:36].view(torch.float32).tolist() == [2.5]
+    assert memory[48:80].view(torch.float64).tolist() == [3.5] * 4 and not memory[:16].any() and not memory[80:].any()
+    assert views["a"].shape == (2, 3) and views["a"].is_contiguous() and views["b"].shape == ()
 
 
 def test_what_is_sent_is_what_values_makes_of_a_tensor(source):
