@@ -73,6 +73,7 @@ class Given:
     @classmethod
     def load(cls, config: Config) -> Self:
         """Raises UserError for whatever is missing or does not fit."""
+        policy.check_machine()
         found = checkpoint.find(config, "train")
         check_together(config)
         saves.check(config)

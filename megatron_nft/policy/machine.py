@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_nft.errors import UserError, first_line
+from megatron_nft.errors import UserError, first_line, needs_gpu
 
 DRIVER = Path("/proc/driver/nvidia/version")  # there where NVIDIA's driver is loaded
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -30,7 +30,7 @@ def check() -> None:
         _check_rank(local_rank(), torch.cuda.device_count())
         _check_code(local_rank())
     elif DRIVER.exists() and os.environ.get(VISIBLE) != "-1":
-        raise _unusable()
+        _check_visible()
 
 
 def local_rank() -> int:
@@ -44,14 +44,18 @@ def _check_rank(rank: int, gpus: int) -> None:
         raise UserError(f"local rank {rank} has no GPU: {gpus} are to be seen{only}", "start one rank a GPU, or make all GPUs visible")
 
 
-def _unusable() -> UserError:
-    """Why torch, which is built for CUDA, sees no GPU where NVIDIA's driver is loaded."""
-    torch_is = f"torch {torch.__version__}, built for CUDA {torch.version.cuda}"
-    if os.environ.get(VISIBLE, "unset").strip() in ("", "NoDevFiles"):
-        return UserError(
-            f"{VISIBLE} is {os.environ[VISIBLE]!r} on a machine with GPUs, so that none is to be seen",
-            f"ask Slurm for GPUs (--gpus-per-node), or unset it; {ON_PURPOSE}",
-        )
+def _check_visible() -> None:
+    """torch sees no GPU where NVIDIA's driver is loaded: they are hidden, or it cannot use them."""
+    if os.environ.get(VISIBLE, "unset").strip() not in ("", "NoDevFiles"):
+        raise _unusable(f"torch {torch.__version__}, built for CUDA {torch.version.cuda}")
+    needs_gpu(
+        f"{VISIBLE} is {os.environ[VISIBLE]!r} on a machine with GPUs, so that none is to be seen",
+        f"ask Slurm for GPUs (--gpus-per-node), or unset it; {ON_PURPOSE}",
+    )
+
+
+def _unusable(torch_is: str) -> UserError:
+    """Why torch cannot use the GPUs."""
     try:
         torch.cuda.init()  # raises what keeps it from starting
         why = "it sees none"

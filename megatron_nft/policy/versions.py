@@ -123,9 +123,9 @@ def check_fp8_recipe(transformer) -> None:
     """Let Megatron-Core make the recipe of a TransformerConfig: raises ValueError or AssertionError for one that it cannot make with this
     Transformer Engine."""
     if transformer.fp8:
-        from megatron.core import fp8_utils
+        from megatron.core.fp8_utils import get_fp8_recipe
 
-        fp8_utils.get_fp8_recipe(transformer)
+        get_fp8_recipe(transformer)
 
 
 def version() -> str:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_nft.errors import UserError
+from megatron_nft.errors import UserError, gpus_elsewhere
 from megatron_nft.policy import machine
 
 HOPPER, AMPERE, ADA, BLACKWELL, CONSUMER = (9, 0), (8, 0), (8, 9), (10, 0), (12, 0)
@@ -74,6 +74,18 @@ def test_no_gpu_visible_on_a_machine_with_gpus(value, built, monkeypatch):
     monkeypatch.setenv(machine.VISIBLE, value)
     said = refused()
     assert f"CUDA_VISIBLE_DEVICES is {value!r} on a machine with GPUs" in said and "CUDA_VISIBLE_DEVICES=-1 goes on" in said
+
+
+def test_hidden_gpus_are_noted_of_a_run_that_is_only_looked_at(built, monkeypatch):
+    built(available=False)
+    monkeypatch.setenv(machine.VISIBLE, "")
+    with gpus_elsewhere() as noted:
+        machine.check()
+    assert len(noted) == 1 and "so that none is to be seen" in noted[0]
+    built(available=False, init=TOO_OLD)
+    monkeypatch.delenv(machine.VISIBLE)
+    with gpus_elsewhere(), pytest.raises(UserError, match="older than"):
+        machine.check()
 
 
 def test_more_ranks_than_gpus(built, monkeypatch):
