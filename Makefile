@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= $(shell nproc)
 # two files of tests at a time, each process with one thread: most of their time goes by in one
 TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile
-ALL := tests/end_to_end tests/distributed tests/unit
+ALL := tests/end_to_end tests/distributed tests/unit tests/gpu
 
 .PHONY: setup demo test test-fast test-long test-launch test-gpu reproduce reproduce-quick lint clean
 
@@ -59,7 +59,8 @@ test-launch: setup
 	  { apt-get update -q && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -qy --no-install-recommends slurm-wlm munge; } || echo "Slurm could not be installed"; fi
 	$(RUN) -m pytest tests/launch -rs
 
-# on a machine with a GPU: installs nothing; PYTHON and PYTHONPATH say where the packages are
+# on a machine with a GPU: installs nothing; PYTHON and PYTHONPATH say where the packages are. What was measured is printed at the end, and
+# goes to $MEGATRON_NFT_RESULTS/test_gpu.json where that is set
 test-gpu:
 	@$(PYTHON) tests/gpu/needed.py
 	$(PYTHON) -m pytest tests/gpu

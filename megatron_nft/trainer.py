@@ -264,7 +264,9 @@ class Run:
     def sync(self, step: int) -> None:
         """The trainer's weights for the sampler, and the check that they got there."""
         if self.sampler.sync(self.policy.hand_over(), version=step):
-            self.log.add({f"train/{name}": value for name, value in self.check.after_sync(step).items()})
+            measured = self.check.after_sync(step)
+            if step == 0 or step > self.first_step:  # what a resumed run begins with is of a step whose row is written
+                self.log.add({f"train/{name}": value for name, value in measured.items()})
         self.policy.offload()
 
     def _log_measured(self, totals: list[dict[str, float]]) -> None:

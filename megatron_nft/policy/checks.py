@@ -8,7 +8,7 @@ import torch
 
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError, needs_gpu
-from megatron_nft.policy import machine, model, optimizer, settings, versions
+from megatron_nft.policy import deterministic, machine, model, optimizer, settings, versions
 from megatron_nft.sizes import expert_tensor_size
 from megatron_nft.weights import load_weights, table_for
 
@@ -30,6 +30,7 @@ def check(config: Config, window: int, training: bool = True) -> None:
     _check_fp8(hf, config)
     _check_optimizer(config)
     _check_recompute(hf, config)
+    deterministic.check(config)
     with _refusals_reported():
         transformer = model.transformer_config(hf, config)
         optimizer.ddp_config(config)

@@ -173,6 +173,8 @@ def build(hf: dict, config: Config) -> list:
     The output of the last is the last hidden state [1, tokens (/cp /tp), hidden], not logits.
     """
     megatron, chunks = transformer_config(hf, config), virtual_size(config.parallel)
+    if config.model.fp8 and config.model.fp8_recipe == "delayed":
+        versions.mend_delayed_scaling()
     return [_chunk(hf, config, megatron, vp_stage) for vp_stage in ([None] if chunks is None else range(chunks))]
 
 

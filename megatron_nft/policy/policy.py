@@ -14,7 +14,7 @@ from megatron_nft.batching import Layout, Plan, TrainingAnswer, join, pack, spli
 from megatron_nft.config import Config, ObjectiveConfig
 from megatron_nft.errors import UserError
 from megatron_nft.objectives import MEASURED
-from megatron_nft.policy import checkpoint, context, exchange, losses, micro_batches, model, optimizer, versions
+from megatron_nft.policy import checkpoint, context, deterministic, exchange, losses, micro_batches, model, optimizer, versions
 from megatron_nft.policy.busy import Busy
 from megatron_nft.policy.logprobs import Head
 from megatron_nft.policy.losses import Objective
@@ -44,6 +44,7 @@ class Policy:
         """trainable=False leaves out gradients and optimizer (conversion, parity checks). weights=False leaves the weights unset, for
         load() to fill: config.model.path then needs no more than a config.json."""
         self.config, self.topology = config, topology
+        deterministic.prepare(config)
         self._saver = checkpoint.Saver()
         self._busy = Busy()
         self.temperature = config.rollout.temperature  # log-probs are of the distribution that is sampled from
@@ -166,15 +167,16 @@ class Policy:
 
         if forward_only:
             self.gather_parameters()
-        return get_forward_backward_func()(
-            forward_step_func=lambda iterator, chunk: self._forward(next(iterator), chunk, on_output),
-            data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
-            model=list(self.chunks),
-            num_microbatches=len(batches),
-            seq_length=len(batches[0].tokens),
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        with deterministic.passes(self.config):
+            return get_forward_backward_func()(
+                forward_step_func=lambda iterator, chunk: self._forward(next(iterator), chunk, on_output),
+                data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
+                model=list(self.chunks),
+                num_microbatches=len(batches),
+                seq_length=len(batches[0].tokens),
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
 
     def gather_parameters(self) -> None:
         """overlap_param_gather leaves the last update's parameters to the next update's forward pass; anyone else gathers them first."""

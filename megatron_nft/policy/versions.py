@@ -122,10 +122,13 @@ def fp8_refused(recipe: str) -> str:
 def check_fp8_recipe(transformer) -> None:
     """Let Megatron-Core make the recipe of a TransformerConfig: raises ValueError or AssertionError for one that it cannot make with this
     Transformer Engine."""
-    if transformer.fp8:
-        from megatron.core.fp8_utils import get_fp8_recipe
+    if not transformer.fp8:
+        return
+    from megatron.core.fp8_utils import get_fp8_recipe
 
-        get_fp8_recipe(transformer)
+    if transformer.fp8_recipe == "delayed":
+        mend_delayed_scaling()
+    get_fp8_recipe(transformer)
 
 
 def version() -> str:
@@ -153,6 +156,29 @@ def fp8_side(recipe: str) -> int:
     from megatron.core.fp8_utils import get_fp8_align_size
 
     return get_fp8_align_size(Fp8Recipe[recipe])
+
+
+def mend_delayed_scaling() -> None:
+    """Let Transformer Engine's delayed recipe be made by Megatron-Core (0.16 to 0.19), which tells it of products to keep out of FP8: later
+    versions of it (2.20 is one) do not take that argument. It is dropped where it names none of them.
+
+    Raises UserError, where the recipe is made, for megatron.transformer.fp8_wgrad=false, which such a version cannot do.
+    """
+    from transformer_engine.common.recipe import DelayedScaling
+
+    make, name = DelayedScaling.__init__, "override_linear_precision"
+    if name in inspect.signature(make).parameters:
+        return
+
+    def init(self, *arguments, override_linear_precision: tuple = (), **more) -> None:
+        if any(override_linear_precision):
+            raise UserError(
+                "megatron.transformer.fp8_wgrad is false, and this Transformer Engine's delayed recipe has all products in FP8",
+                "leave it out, or choose another model.fp8_recipe",
+            )
+        make(self, *arguments, **more)
+
+    DelayedScaling.__init__ = init
 
 
 def have_varlen_attention() -> bool:

@@ -1,11 +1,14 @@
 """Kernels that differ between builds: which are chosen, and how they are called. The kernels themselves need a GPU (tests/gpu)."""
 
-from types import SimpleNamespace
+import sys
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_nft.errors import UserError
 from megatron_nft.policy import layers, model, versions
 from megatron_nft.policy.adam import Adam
 from megatron_nft.policy.context import Places
@@ -142,3 +145,38 @@ def test_parameters_in_fp8_are_filled_and_read_as_plain_ones(monkeypatch):
     monkeypatch.setattr(fp8_utils, "is_float8tensor", lambda tensor: True)
     monkeypatch.setattr(fp8_utils, "dequantize_fp8_tensor", lambda tensor: tensor.data + 1)
     assert torch.equal(versions.values_of(parameter), unrounded + 1)
+
+
+@dataclass
+class EarlyRecipe:
+    margin: int = 0
+    override_linear_precision: tuple = (False, False, False)
+
+
+@dataclass
+class LateRecipe:
+    margin: int = 0
+
+
+@pytest.mark.parametrize("recipe", [EarlyRecipe, LateRecipe])
+def test_megatrons_delayed_recipe_is_made_by_each_transformer_engine(recipe, monkeypatch):
+    """2.20 does not take the argument by which Megatron-Core keeps products out of FP8."""
+    module = ModuleType("transformer_engine.common.recipe")
+    module.DelayedScaling = recipe
+    for name in ("transformer_engine", "transformer_engine.common"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(recipe, "__init__", recipe.__init__)  # put back at the end
+
+    class Megatrons(recipe):
+        def __init__(self, override: tuple):
+            super().__init__(margin=2, override_linear_precision=override)
+
+    for _ in range(2):  # every model does it
+        versions.mend_delayed_scaling()
+    assert Megatrons((False, False, False)).margin == 2
+    if recipe is EarlyRecipe:
+        assert Megatrons((False, False, True)).override_linear_precision == (False, False, True)
+    else:
+        with pytest.raises(UserError, match="fp8_wgrad"):
+            Megatrons((False, False, True))
