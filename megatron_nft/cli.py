@@ -125,6 +125,8 @@ def _plan_arguments(command: argparse.ArgumentParser) -> None:
     text = "overrides of another candidate, quoted as in a shell, to be put beside; may be given several times"
     command.add_argument("--with", dest="others", action="append", default=[], metavar="'key=value ...'", help=text)
     command.add_argument("--rehearse", action="store_true", help="drive the control path of a step with all ranks, without weights")
+    command.add_argument("--against", type=Path, metavar="RUN_DIR", help="beside it what a run measured, and every error in percent")
+    command.add_argument("--any-device", action="store_true", help="of --against: though the run was not on plan.gpu")
     command.add_argument("--json", action="store_true", help="all numbers as JSON; bytes and seconds")
     command.add_argument("--output", type=Path, metavar="DIR", help="write plan.json, plan.png and plan.html there")
 
@@ -167,13 +169,14 @@ def goes_on(resume: bool) -> str:
 
 
 def _evaluate_model(settings: config.Config, stop: StopRequest) -> None:
-    from megatron_nft import policy
+    from megatron_nft import fitting, policy
     from megatron_nft.evaluation.command import evaluate_model
     from megatron_nft.evaluation.source import opened
 
     settings.parallel = config.ParallelConfig()  # of the trainer, which evaluation does without
     with opened(settings) as source:
         policy.check(settings, config.max_model_len(settings), training=False)
+        fitting.check_engine(settings, config.max_answer_length(settings))
         policy.start_distributed()
         try:
             evaluate_model(settings, source, policy.precision_of(settings.model.precision), stop)
@@ -190,9 +193,11 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config, arguments.overrides)
-    from megatron_nft import policy
+    from megatron_nft import fitting, policy
     from megatron_nft.rollout.serving import serve
 
+    policy.check_machine()
+    fitting.check_engine(settings, config.max_model_len(settings))
     serve(settings, policy.precision_of(settings.model.precision))
 
 
@@ -203,8 +208,13 @@ def _preflight(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from megatron_nft.planner.command import Asked, run
+    from megatron_nft.planner.command import Asked, against, run
 
+    if arguments.against:
+        if arguments.search or arguments.others or arguments.rehearse or arguments.output:
+            raise UserError("--against has other things beside it than --json and --any-device", "ask for them by themselves")
+        settings = config.load(arguments.config, arguments.overrides)
+        return against(settings, arguments.against, arguments.any_device, arguments.json)
     if arguments.top < 1:
         raise UserError(f"--top is {arguments.top}", "use 1 or more")
     path, overrides = arguments.config, arguments.overrides
@@ -223,7 +233,7 @@ def _words(given: str) -> list[str]:
 
 
 def _rehearsal(plan):
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing of it is on a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # nothing of it is on a GPU
     from megatron_nft.rehearsal import rehearse
 
     return rehearse(plan)
@@ -250,7 +260,7 @@ def _watchdog(settings: config.Config) -> Watchdog:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all of it is reading, writing and a comparison on the CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # all of it is reading, writing and a comparison on the CPU
     from megatron_nft import convert, verify
 
     try:

@@ -28,6 +28,7 @@ from megatron_nft.errors import UserError
 from megatron_nft.locks import exclusive
 
 METRICS = "metrics.jsonl"
+MACHINE = "machine.json"  # beside it: on what the run is, {"device", "ranks", "kernels"}
 
 
 class Meter(Protocol):

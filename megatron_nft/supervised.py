@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_nft import batching, objectives, policy, prompts, saves, watchdog
+from megatron_nft import batching, fitting, objectives, policy, prompts, saves, watchdog
 from megatron_nft.balance import Balance
 from megatron_nft.config import Config, save
 from megatron_nft.errors import UserError
@@ -26,6 +26,7 @@ def sft(config: Config, stop: StopRequest) -> None:
         raise UserError(f"checkpoint.keep_best is {config.checkpoint.keep_best}, and sft makes no validation", "use 0")
     resume_from = checkpoint.find(config, "sft")
     policy.check(config, window=1)
+    fitting.check_trainer(config, sampling=False)
     examples = load_examples(config)
     with held(config.run_dir), policy.memory_told(config.run_dir):
         _train(config, stop, resume_from, examples)

@@ -1,5 +1,6 @@
 """The training loop, Algorithm 1 of arXiv 2505.18116. Every rank runs it."""
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from megatron_nft import batching, objectives, policy, prompts, rollout, saves, watchdog
+from megatron_nft import batching, fitting, objectives, policy, prompts, rollout, saves, watchdog
 from megatron_nft.balance import Balance
 from megatron_nft.config import Config, check_budget, max_model_len, save
 from megatron_nft.errors import gpus_elsewhere
 from megatron_nft.evaluation import evaluate
-from megatron_nft.logbook import Logbook, check_writable, held, remove_later
+from megatron_nft.files import write_whole
+from megatron_nft.logbook import MACHINE, Logbook, check_writable, held, remove_later
 from megatron_nft.policy import checkpoint, exchange
 from megatron_nft.prompts import Cursor, PromptSet
 from megatron_nft.rewards import Judge
@@ -71,10 +73,13 @@ class Given:
     @classmethod
     def load(cls, config: Config) -> Self:
         """Raises UserError for whatever is missing or does not fit."""
+        policy.check_machine()
         found = checkpoint.find(config, "train")
         check_together(config)
         saves.check(config)
         policy.check(config, max_model_len(config))
+        fitting.check_trainer(config, sampling=True)
+        fitting.warn(config)
         tokenizer = prompts.load_tokenizer(config.model.path)
         training = prompts.load_prompts(config.data.train, tokenizer, config.data)
         if config.replay:
@@ -154,6 +159,8 @@ class Run:
         if first:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             save(config, self.run_dir / "config.yaml")
+            told = {"device": policy.device_name(), "ranks": self.topology.world_size, "kernels": policy.kernels(config)}
+            write_whole(self.run_dir / MACHINE, json.dumps(told, indent=1) + "\n")
             remove_later(self.run_dir / "rollouts", self.first_step)
             remove_later(self.run_dir / "evaluations", self.first_step)
         log = Logbook(

@@ -338,6 +338,7 @@ class PlanConfig:
     """The cluster and the workload that `megatron-nft plan` reckons with. A run does not read them."""
 
     gpu: str = "H100"  # H100 | H200 | A100 | B200: the SXM forms (planner/hardware.py)
+    measured: str | None = None  # a file of benchmarks/gpu/efficiency.py: what that GPU achieves, in place of the published shares
     nodes: int | None = None  # all of the allocation's, those of rollout.served's servers included
     gpus_per_node: int = 8
     mixed_share: float = 0.4  # of the groups that are sent, those with right and wrong answers: the others are thrown away

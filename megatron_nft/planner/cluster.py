@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError
 from megatron_nft.planner.hardware import Gpu, find
+from megatron_nft.planner.measured import applied
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Cluster:
 
     @classmethod
     def of(cls, config: Config) -> "Cluster":
-        """From config.plan and rollout.mode. Raises UserError for an unknown GPU, no number of nodes, GPUs that engines cannot share."""
+        """From config.plan and rollout.mode. Raises UserError for an unknown GPU, a measurement of another one, no number of nodes, GPUs
+        that engines cannot share."""
         plan, tp = config.plan, config.rollout.tensor_parallel_size
         if plan.nodes is None:
             raise UserError("plan.nodes has no value", "say for how many nodes: plan.nodes=16 (and plan.gpu, plan.gpus_per_node)")
@@ -38,7 +40,7 @@ class Cluster:
         if not served and trainers % tp:
             raise UserError(f"{trainers} GPUs cannot be divided by rollout.tensor_parallel_size ({tp})", "change it, or plan.nodes")
         engines = config.rollout.served.count if served else trainers // tp
-        return cls(find(plan.gpu), plan.nodes, plan.gpus_per_node, trainers, engines)
+        return cls(applied(find(plan.gpu), plan.measured), plan.nodes, plan.gpus_per_node, trainers, engines)
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,19 @@ class Layout:
     @classmethod
     def of(cls, config: Config, cluster: Cluster) -> "Layout":
         """Raises UserError for sizes whose product does not divide the trainers."""
+        return cls.of_ranks(config, cluster.trainers)
+
+    @classmethod
+    def of_ranks(cls, config: Config, trainers: int) -> "Layout":
+        """The same, of so many GPUs that train."""
         parallel = config.parallel
         tp, pp, cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
-        if cluster.trainers % (tp * pp * cp):
+        if trainers % (tp * pp * cp):
             raise UserError(
-                f"{cluster.trainers} GPUs that train cannot be divided by TP x PP x CP ({tp} x {pp} x {cp})",
+                f"{trainers} GPUs that train cannot be divided by TP x PP x CP ({tp} x {pp} x {cp})",
                 "change parallel.* or plan.nodes",
             )
         return cls(
-            tp, pp, cp, cluster.trainers // (tp * pp * cp), parallel.virtual_pipeline_model_parallel_size or 1,
+            tp, pp, cp, trainers // (tp * pp * cp), parallel.virtual_pipeline_model_parallel_size or 1,
             parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size or tp, parallel.sequence_parallel,
         )  # fmt: skip

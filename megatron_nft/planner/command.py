@@ -57,6 +57,14 @@ def run(config: Config, asked: Asked, rehearse: "Callable[[Plan], Rehearsed] | N
         raise UserError(f"the config does not fit (estimate): {found.reasons[0]}", search.mend(found, bar))
 
 
+def against(config: Config, run_dir: Path, any_device: bool, as_json: bool) -> None:
+    """Print a plan beside what a run measured."""
+    from megatron_nft.planner.against import compare
+
+    found = compare(config, run_dir, any_device)
+    print(json.dumps(found.as_dict(), indent=2) if as_json else found.text(), flush=True)
+
+
 def _check_output(directory: Path) -> None:
     """Make it, before the work. Raises UserError where it cannot be written to."""
     try:

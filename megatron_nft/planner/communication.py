@@ -4,12 +4,7 @@ from dataclasses import dataclass
 
 from megatron_nft.planner.cluster import Cluster
 
-# Shares of the link's rate that NCCL's large messages reach. NVLink: 340 to 370 of 450 GB/s bus bandwidth on 8 H100, 230 to 240 of 300 on
-# A100 (nccl-tests). Network: 40 to 45 of 50 GB/s a GPU with one 400 Gbit/s adapter each (nccl-tests on 2 to 64 nodes).
-NVLINK_SHARE = 0.78
-NETWORK_SHARE = 0.80
 LATENCY = {"nvlink": 12e-6, "network": 25e-6}  # seconds of a small collective (nccl-tests), and of a message to the next stage
-HOST_SHARE = 0.80  # of PCIe's rate, pinned memory
 
 
 @dataclass(frozen=True)
@@ -29,8 +24,8 @@ class Group:
     def rate(self) -> float:
         """Bytes a second and rank. A ring over several nodes crosses each node's border by the adapters of its ranks there."""
         gpu = self.cluster.gpu
-        inside = gpu.nvlink * NVLINK_SHARE
-        return inside if self.local == self.size else min(inside, gpu.network * NETWORK_SHARE * self.local)
+        inside = gpu.nvlink * gpu.achieved.nvlink
+        return inside if self.local == self.size else min(inside, gpu.network * gpu.achieved.network * self.local)
 
     @property
     def latency(self) -> float:
@@ -53,5 +48,5 @@ class Group:
             return 0.0
         gpu = self.cluster.gpu
         near = self.local == self.size
-        rate = gpu.nvlink * NVLINK_SHARE if near else gpu.network * NETWORK_SHARE
+        rate = gpu.nvlink * gpu.achieved.nvlink if near else gpu.network * gpu.achieved.network
         return nbytes / rate + LATENCY["nvlink" if near else "network"]

@@ -11,7 +11,6 @@ from megatron_nft.config import Config
 from megatron_nft.flops import linear_flops
 from megatron_nft.planner import kernels
 from megatron_nft.planner.cluster import Cluster
-from megatron_nft.planner.communication import NVLINK_SHARE
 from megatron_nft.planner.hardware import Gpu, check_fp8
 from megatron_nft.weights.layouts import Sizes
 
@@ -91,13 +90,13 @@ class Engine:
 
     @property
     def _launches(self) -> float:
-        return max(LAYER_KERNELS, EAGER_KERNELS * kernels.LAUNCH) if self.eager else LAYER_KERNELS
+        return max(LAYER_KERNELS, EAGER_KERNELS * self.gpu.achieved.launch) if self.eager else LAYER_KERNELS
 
     def _all_reduce(self, rows: np.ndarray) -> np.ndarray | float:
         if self.tp == 1:
             return 0.0
         nbytes = 2 * (self.tp - 1) / self.tp * 2.0 * rows * self.hidden
-        return ALL_REDUCE.get(self.tp, 15e-6) + nbytes / (self.gpu.nvlink * NVLINK_SHARE * ALL_REDUCE_SHARE)
+        return ALL_REDUCE.get(self.tp, 15e-6) + nbytes / (self.gpu.nvlink * self.gpu.achieved.nvlink * ALL_REDUCE_SHARE)
 
     def host(self, running: np.ndarray) -> np.ndarray:
         """Seconds of a step in which the GPU waits."""

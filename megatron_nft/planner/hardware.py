@@ -1,19 +1,34 @@
-"""The GPUs a plan can be for: the vendor's data sheets, and which share of them programs reach."""
+"""The GPUs a plan can be for: the vendors' data sheets, and apart from them what programs reach of these."""
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from megatron_nft.errors import UserError
 
+PUBLISHED = "published (docs/planner.md)"
+
 
 @dataclass(frozen=True)
 class Achieved:
-    """Shares of a data sheet's rate that large, well-shaped work reaches; what smaller work loses is worked out in kernels.py."""
+    """What programs reach of a data sheet's rates with large, well-shaped work; what smaller work loses is worked out in kernels.py.
+    Shares, where nothing else is said. The defaults are published figures, the same for all GPUs."""
 
     matrix: float  # of bf16, by matrix products
     matrix_fp8: float  # of fp8
     attention: float  # of bf16, by flash attention's forward pass over long sequences
     attention_backward: float
+    # FlashAttention-3's curve: 330 TFLOP/s at 1,024 tokens and 600 at 16,384 (arXiv 2407.08608, figure 5)
+    half_rate: float = 850.0  # tokens of a sequence with which attention reaches half of its full rate
+    memory: float = 0.80  # of the memory's bandwidth, by kernels that stream: copies reach 0.85 to 0.9, norms and activations 0.7 to 0.8
+    decode: float = 0.80  # the same, by products of few rows, which read weights
+    # NCCL's large messages. NVLink: 340 to 370 of 450 GB/s bus bandwidth on 8 H100, 230 to 240 of 300 on A100 (nccl-tests). Network: 40 to
+    # 45 of 50 GB/s a GPU with one 400 Gbit/s adapter each (nccl-tests on 2 to 64 nodes)
+    nvlink: float = 0.78
+    network: float = 0.80
+    host: float = 0.80  # of PCIe's rate, pinned memory
+    launch: float = 6e-6  # seconds of the CPU for a kernel that PyTorch starts: 5 to 10 microseconds of dispatch
+    source: str = PUBLISHED  # in words, where all of this is from
 
 
 @dataclass(frozen=True)
@@ -29,7 +44,7 @@ class Gpu:
     network: float  # bytes to other nodes
     host: float  # bytes to the host's memory
     processors: int  # streaming multiprocessors: tiles of a matrix product that run at a time
-    achieved: Achieved
+    achieved: Achieved  # all above is the vendor's, this is not
 
 
 # Matrix products. cuBLAS alone reaches 0.80 of A100's BF16 and, at 700 W, 0.70 to 0.75 of H100's (8,192 cubed); 0.65 to 0.70 of H100's
@@ -63,6 +78,15 @@ def find(name: str) -> Gpu:
         near = difflib.get_close_matches(known, GPUS, 1)
         raise UserError(f"plan.gpu is {name!r}", f"use one of {', '.join(GPUS)}" + (f" (did you mean {near[0]}?)" if near else ""))
     return GPUS[known]
+
+
+def known(seen: str) -> str | None:
+    """The name here of a GPU that the driver calls `seen` (NVIDIA H100 80GB HBM3); None: it has none, or one of another memory."""
+    gigabytes = re.search(r"\b(\d+) ?GB\b", seen)
+    for name, gpu in GPUS.items():
+        if re.search(rf"\b{name}\b", seen) and (gigabytes is None or int(gigabytes[1]) >= gpu.memory // GIB):
+            return name
+    return None
 
 
 def check_fp8(gpu: Gpu, asked: str) -> None:

@@ -6,12 +6,7 @@ import numpy as np
 
 from megatron_nft.planner.hardware import Gpu
 
-MEMORY_SHARE = 0.80  # of the memory's bandwidth, by kernels that stream: copies reach 0.85 to 0.9, norms and activations 0.7 to 0.8
-LAUNCH = 6e-6  # seconds of the CPU for a kernel that PyTorch starts: 5 to 10 microseconds of dispatch
 TILE = (128, 256)  # rows and columns that one multiprocessor works on: cuBLAS's usual choice on Ampere and Hopper
-# Half of the full rate of attention is reached with sequences of so many tokens: FlashAttention-3's curve, 330 TFLOP/s at 1,024 tokens and
-# 600 at 16,384 (arXiv 2407.08608, figure 5)
-HALF_RATE = 850
 
 
 def matrix_product(gpu: Gpu, rows: float, columns: float, depth: float, fp8: bool = False) -> float:
@@ -27,7 +22,7 @@ def matrix_product(gpu: Gpu, rows: float, columns: float, depth: float, fp8: boo
     rate = (gpu.fp8 * gpu.achieved.matrix_fp8 if fp8 else gpu.bf16 * gpu.achieved.matrix) * used / padded
     size = 1 if fp8 else 2
     moved = size * depth * (rows + columns) + 2 * rows * columns
-    return max(2 * rows * columns * depth / rate, moved / (gpu.bandwidth * MEMORY_SHARE))
+    return max(2 * rows * columns * depth / rate, moved / (gpu.bandwidth * gpu.achieved.memory))
 
 
 def attention(gpu: Gpu, squares: float, channels: float, length: float, backward: bool = False) -> float:
@@ -35,19 +30,19 @@ def attention(gpu: Gpu, squares: float, channels: float, length: float, backward
     this GPU; length, of a typical sequence. Backward: 2.5 times the operations, for the scores are made again."""
     operations = 2 * squares * channels * (2.5 if backward else 1)
     share = gpu.achieved.attention_backward if backward else gpu.achieved.attention
-    return operations / (gpu.bf16 * share * length / (length + HALF_RATE)) if operations else 0.0
+    return operations / (gpu.bf16 * share * length / (length + gpu.achieved.half_rate)) if operations else 0.0
 
 
 def moved(gpu: Gpu, nbytes: float) -> float:
     """Seconds of kernels that read and write so many bytes in all."""
-    return nbytes / (gpu.bandwidth * MEMORY_SHARE)
+    return nbytes / (gpu.bandwidth * gpu.achieved.memory)
 
 
 def product_of_few_rows(gpu: Gpu, rows: np.ndarray, weights: float, nbytes: float, fp8: bool) -> np.ndarray:
     """Seconds of matrix products with so many weights and few rows [any shape], as in decoding: reading `nbytes` of weights or the
     operations, whichever is longer, and both where they are near each other (they overlap, but not wholly)."""
     rate = gpu.fp8 * gpu.achieved.matrix_fp8 if fp8 else gpu.bf16 * gpu.achieved.matrix
-    reading = nbytes / (gpu.bandwidth * MEMORY_SHARE)
+    reading = nbytes / (gpu.bandwidth * gpu.achieved.decode)
     computing = 2.0 * np.maximum(rows, 0) * weights / rate
     return (reading**_SHARP + computing**_SHARP) ** (1 / _SHARP)
 

@@ -19,7 +19,7 @@ PHASES = ("generate", "old_logprobs", "train", "sync", "save")
 # H200 of 141, 178.4 on a B200 of 180.
 USABLE = 0.988
 LONGEST = 2**20  # slots: no micro-batch is looked for beyond
-_UNEVEN = {
+UNEVEN = {
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
     "account_for_embedding_in_pipeline_split",
@@ -82,7 +82,7 @@ def memory(config: Config, hf: dict, cluster: Cluster) -> Memory:
 def layout_for(config: Config, hf: dict, cluster: Cluster) -> Layout:
     """The layout of a model on a cluster. Raises UserError where one does not suit the other."""
     parameters.table_of(hf)
-    for name in _UNEVEN & config.megatron.transformer.keys():
+    for name in UNEVEN & config.megatron.transformer.keys():
         raise UserError(f"megatron.transformer.{name} is set, and the planner deals layers evenly", "plan without it")
     check_ranks(config.parallel, cluster.trainers)
     check_layout(hf, config)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from megatron_nft.config import Config, set_sampling
-from megatron_nft.planner.communication import HOST_SHARE, NETWORK_SHARE
 from megatron_nft.planner.decoding import Engine
 from megatron_nft.planner.generation import Order, simulate
 from megatron_nft.planner.holdings import MASTER, MOMENTS
@@ -46,7 +45,7 @@ def sync(config: Config, training: Training) -> Sync:
     gathered = training.tensor.gather(nbytes)
     parts = {"stages to all": across, "gathered": gathered, "reload": tensors * PER_TENSOR + buckets * PER_BUCKET + moved(gpu, 3 * nbytes)}
     if config.rollout.mode == "served":
-        parts["to servers"] = nbytes / (gpu.network * NETWORK_SHARE)
+        parts["to servers"] = nbytes / (gpu.network * gpu.achieved.network)
     else:
         parts["wake and sleep"] = WAKE + SLEEP
     return Sync(parts, nbytes)
@@ -55,13 +54,13 @@ def sync(config: Config, training: Training) -> Sync:
 def save_stall(config: Config, training: Training) -> float:
     """Seconds that training waits for a save: the plan and the copy to the host; without async_save the writing, too."""
     cluster, nbytes = training.cluster, checkpoint_bytes(config, training.hf)["checkpoint"]
-    stall = SAVE_PLANNING + nbytes / cluster.trainers / (cluster.gpu.host * HOST_SHARE)
+    stall = SAVE_PLANNING + nbytes / cluster.trainers / (cluster.gpu.host * cluster.gpu.achieved.host)
     return stall if config.checkpoint.async_save else stall + nbytes / (DISK * cluster.nodes)
 
 
 def offload(config: Config, training: Training) -> float:
     """Seconds of a step for what leaves the GPU while vLLM generates, and comes back. Gradients are freed, not copied."""
-    level, link = config.train.offload or "gradients", training.gpu.host * HOST_SHARE
+    level, link = config.train.offload or "gradients", training.gpu.host * training.gpu.achieved.host
     if config.rollout.mode == "served":
         return 0.0
     state = training.parameters / training.data.size * (MASTER + MOMENTS)

@@ -48,7 +48,7 @@ def _figure(plan: Plan) -> Figure:
     memory, time = figure.subplots(1, 2)
     _draw_memory(memory, plan)
     _draw_time(time, plan)
-    figure.suptitle(f"{tables.LABEL}: {_short_name(plan)}", fontsize=11)
+    figure.suptitle(f"{tables.LABEL}: {_short_name(plan)}\n{tables.rates_from(plan)}", fontsize=11)
     return figure
 
 

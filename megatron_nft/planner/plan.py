@@ -37,6 +37,7 @@ class Plan:
         own = self.memory
         return {
             "estimate": True,
+            "achieved": self.cluster.gpu.achieved.source,
             "model": self.model,
             "cluster": asdict(self.cluster),
             "layout": asdict(self.layout) | {"rollout_tensor_parallel_size": self.config.rollout.tensor_parallel_size},

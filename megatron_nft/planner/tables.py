@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from megatron_nft.planner.hardware import PUBLISHED
 from megatron_nft.planner.plan import Plan, gib
 
 LABEL = "ESTIMATE, not measured"
@@ -45,10 +46,13 @@ def head(plan: Plan) -> str:
     cluster, rollout = plan.cluster, plan.config.rollout
     served = f", {cluster.engines} servers of {rollout.tensor_parallel_size} GPUs" if rollout.mode == "served" else ""
     engines = f"vLLM TP{rollout.tensor_parallel_size}, {cluster.engines} engines"
-    return (
-        f"{LABEL}: {plan.model}\n"
-        f"{cluster.nodes} nodes x {cluster.gpus_per_node} {cluster.gpu.name} ({cluster.gpus} GPUs){served}; {layout_name(plan)}; {engines}"
-    )
+    gpus = f"{cluster.nodes} nodes x {cluster.gpus_per_node} {cluster.gpu.name} ({cluster.gpus} GPUs){served}"
+    return f"{LABEL}: {plan.model}\n{gpus}; {layout_name(plan)}; {engines}\n{rates_from(plan)}"
+
+
+def rates_from(plan: Plan) -> str:
+    """Whether the seconds rest on published figures or on a measurement."""
+    return f"what the GPU achieves: {plan.cluster.gpu.achieved.source}"
 
 
 def layout_name(plan: Plan) -> str:
@@ -162,6 +166,7 @@ def _column(plan: Plan) -> dict[str, str]:
     held, spent, rollout = plan.memory, plan.times, plan.config.rollout
     return {
         "layout": layout_name(plan),
+        **({"achieved": measured} if (measured := plan.cluster.gpu.achieved.source) != PUBLISHED else {}),
         "vLLM": f"TP{rollout.tensor_parallel_size} {rollout.quantization or '16 bit'}, share {rollout.gpu_memory_utilization:g}",
         "micro-batch": f"{plan.config.train.tokens_per_micro_batch:,}",
         **{f"GiB in {phase}": gib(sum(parts.values())) for phase, parts in held.phases.items()},

@@ -23,13 +23,13 @@ COMMUNICATOR = GIB // 2
 # Of what comes and goes, lost between blocks: GMLake (ASPLOS 2024) measured 15 % in training on average. Lengths here are multiples of
 # 128, which fit again.
 FRAGMENTATION = 0.1
-_LEAVING = {  # train.offload: policy/offload.py
+LEAVING = {  # train.offload: policy/offload.py
     "none": set(),
     "gradients": {"gradients"},
     "optimizer": {"gradients", "optimizer"},
     "all": {"gradients", "optimizer", "weights"},
 }
-_ALL = {"gradients", "optimizer", "weights"}
+ALL = {"gradients", "optimizer", "weights"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Trainer:
     @property
     def leaving(self) -> set[str]:
         """What is off the GPU while answers are written."""
-        return _LEAVING[self.config.train.offload or "gradients"]
+        return LEAVING[self.config.train.offload or "gradients"]
 
     def fullest(self, phase: str, slots: int) -> dict[str, int]:
         """The parts of a phase on the stage that needs most. slots: of a micro-batch in training."""
@@ -98,23 +98,23 @@ class Trainer:
         return {kind: getattr(held, kind) for kind in ("weights", "gradients", "optimizer") if kind in kinds}
 
     def _generate(self, stage: Stage, slots: int) -> dict[str, int]:
-        return self._resident(stage, _ALL - self.leaving) | ({} if self.served else self.engine.parts())
+        return self._resident(stage, ALL - self.leaving) | ({} if self.served else self.engine.parts())
 
     def _old_logprobs(self, stage: Stage, slots: int) -> dict[str, int]:
         """Forward passes: parameters come back for them, nothing else does."""
-        resident = self._resident(stage, (_ALL - self.leaving) | {"weights"}) | self._sleeping
+        resident = self._resident(stage, (ALL - self.leaving) | {"weights"}) | self._sleeping
         if self.config.train.old_logprobs == "rollout":
             return resident
         micro = self._micro(max(slots, self.config.train.logprob_tokens_per_micro_batch or 0))
         return resident | self._passing(micro, stage, backward=False)
 
     def _train(self, stage: Stage, slots: int) -> dict[str, int]:
-        return self._resident(stage, _ALL) | self._sleeping | self._passing(self._micro(slots), stage, backward=True)
+        return self._resident(stage, ALL) | self._sleeping | self._passing(self._micro(slots), stage, backward=True)
 
     def _sync(self, stage: Stage, slots: int) -> dict[str, int]:
         """The stream while the engine's KV cache is still away, or the cache, and the check of log-probs, while the parameters are still
         here: what takes more."""
-        resident = self._resident(stage, (_ALL - self.leaving) | {"weights"})
+        resident = self._resident(stage, (ALL - self.leaving) | {"weights"})
         if self.served:
             return resident | {"weight buckets": self.stream.peak}
         awake = self.engine.parts()
@@ -126,7 +126,7 @@ class Trainer:
 
     def _save(self, stage: Stage, slots: int) -> dict[str, int]:
         """The optimizer's state comes back, and the engine sleeps where it had left; each bucket's is gathered from its owners in turn."""
-        resident = self._resident(stage, (_ALL - self.leaving) | {"weights", "optimizer"})
+        resident = self._resident(stage, (ALL - self.leaving) | {"weights", "optimizer"})
         buffers = [(size, buffer.ranks) for buffer in (*stage.dense, *stage.experts) for size in buffer.buckets if buffer.ranks > 1]
         gathered = max((MASTER * (size + size // ranks) for size, ranks in buffers), default=0)
         awake = {} if self.served else self.engine.parts()

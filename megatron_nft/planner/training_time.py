@@ -18,7 +18,7 @@ from megatron_nft.config import Config
 from megatron_nft.flops import attention_cost, attention_flops, linear_flops
 from megatron_nft.planner import kernels
 from megatron_nft.planner.cluster import Cluster, Layout
-from megatron_nft.planner.communication import HOST_SHARE, Group
+from megatron_nft.planner.communication import Group
 from megatron_nft.planner.hardware import check_fp8
 from megatron_nft.planner.workload import SEED, Workload
 from megatron_nft.weights.layouts import Sizes, padded_vocab_size
@@ -129,7 +129,7 @@ class Training:
 
     # ---- a layer
 
-    def _products(self, rows: float) -> list[tuple[float, float, float]]:
+    def products(self, rows: float) -> list[tuple[float, float, float]]:
         """(rows, columns, depth) of a layer's matrix products on a rank."""
         sizes, tp = self.sizes, self.layout.tp
         attention = [(rows, (sizes.query + 2 * sizes.key) / tp, sizes.hidden), (rows, sizes.hidden, sizes.query / tp)]
@@ -143,10 +143,10 @@ class Training:
         """Backward: the gradients of the input and of the weight, which is added to the float32 gradient in memory."""
         gpu = self.gpu
         if not backward:
-            return sum(kernels.matrix_product(gpu, m, n, k, self.fp8) for m, n, k in self._products(rows))
-        inputs = sum(kernels.matrix_product(gpu, m, k, n, self.fp8) for m, n, k in self._products(rows))
-        weights = sum(kernels.matrix_product(gpu, k, n, m, self.fp8) for m, n, k in self._products(rows))
-        return inputs + weights + kernels.moved(gpu, sum(8 * n * k for _, n, k in self._products(rows)))
+            return sum(kernels.matrix_product(gpu, m, n, k, self.fp8) for m, n, k in self.products(rows))
+        inputs = sum(kernels.matrix_product(gpu, m, k, n, self.fp8) for m, n, k in self.products(rows))
+        weights = sum(kernels.matrix_product(gpu, k, n, m, self.fp8) for m, n, k in self.products(rows))
+        return inputs + weights + kernels.moved(gpu, sum(8 * n * k for _, n, k in self.products(rows)))
 
     def _channels(self) -> tuple[float, float, float]:
         """(hidden as norms see it, projections, inner) channels of a token on a rank."""
@@ -208,7 +208,7 @@ class Training:
         found.add(TENSOR, self._tensor(rows, backward))
         found.add(CONTEXT, self._context(rows, attention, backward))
         found.add(EXPERT, self._expert(rows))
-        found.add(LAUNCHES, max(0.0, KERNELS[backward] * kernels.LAUNCH - found.total))
+        found.add(LAUNCHES, max(0.0, KERNELS[backward] * self.gpu.achieved.launch - found.total))
         return found
 
     def recomputed(self, shape: Shape) -> Pass:
@@ -225,7 +225,7 @@ class Training:
             if "core_attn" in modules:
                 again.add(ATTENTION, forward.seconds[ATTENTION])
             if "mlp" in modules or "moe" in modules:
-                mlp = self._products(rows)[2:]
+                mlp = self.products(rows)[2:]
                 again.add(PRODUCTS, sum(kernels.matrix_product(self.gpu, *product, self.fp8) for product in mlp))
                 again.add(TENSOR, forward.seconds[TENSOR] / 2)
             if {"mlp", "moe", "layernorm", "moe_act"} & set(modules):
@@ -308,7 +308,7 @@ class Training:
         own, optimizer = self.parameters / self.data.size, self.config.optimizer
         away = optimizer.optimizer_offload_fraction if optimizer.optimizer_cpu_offload else 0.0
         here = kernels.moved(self.gpu, own * (1 - away) * ADAM_BYTES)
-        link = self.gpu.host * HOST_SHARE
+        link = self.gpu.host * self.gpu.achieved.host
         return here + own * away * (ADAM_BYTES / CPU_ADAM_RATE + 8 / link) + UPDATE_CALLS
 
     def update(self, shape: Shape) -> Pass:

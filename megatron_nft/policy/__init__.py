@@ -1,7 +1,9 @@
 """All that touches Megatron-Core. It is imported when a Policy is made, not when this package is."""
 
-from megatron_nft.policy.checks import check
+from megatron_nft.policy.checks import check, check_chip
 from megatron_nft.policy.exhausted import memory_told
+from megatron_nft.policy.machine import check as check_machine
+from megatron_nft.policy.machine import device_name
 from megatron_nft.policy.memory import PeakMemory
 from megatron_nft.policy.model import kernels
 from megatron_nft.policy.policy import Policy
@@ -18,8 +20,11 @@ __all__ = [
     "Topology",
     "Watch",
     "check",
+    "check_chip",
+    "check_machine",
     "check_profiled_ranks",
     "checksums",
+    "device_name",
     "gathered",
     "hosts",
     "initialize",

@@ -8,7 +8,7 @@ import torch
 
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError, needs_gpu
-from megatron_nft.policy import deterministic, model, optimizer, settings, versions
+from megatron_nft.policy import deterministic, machine, model, optimizer, settings, versions
 from megatron_nft.sizes import expert_tensor_size
 from megatron_nft.weights import load_weights, table_for
 
@@ -19,10 +19,13 @@ def check(config: Config, window: int, training: bool = True) -> None:
 
     Nothing is allocated. window: tokens of the longest prompt with its answer.
     """
+    machine.check()
     model.check(config, window)
     if not training:
         return
-    versions.quiet()
+    check_chip(config)
+    versions.prepare()
+    versions.check_transformer_engine()
     hf = load_weights(config.model.path).config
     _check_fp8(hf, config)
     _check_optimizer(config)
@@ -32,6 +35,7 @@ def check(config: Config, window: int, training: bool = True) -> None:
         transformer = model.transformer_config(hf, config)
         optimizer.ddp_config(config)
         optimizer.optimizer_config(config)
+        versions.check_fp8_recipe(transformer)
     if transformer.gradient_accumulation_fusion and not versions.have_fused_accumulation():
         raise UserError(
             "megatron.transformer.gradient_accumulation_fusion is on, but neither Transformer Engine nor Apex's kernel for it is installed",
@@ -39,14 +43,23 @@ def check(config: Config, window: int, training: bool = True) -> None:
         )
 
 
-def _check_fp8(hf: dict, config: Config) -> None:
-    """FP8 multiplications have sides that divide by 16 (32 for mxfp8), on every rank."""
+def check_chip(config: Config) -> None:
+    """Raise UserError for FP8 training that the GPU at hand does not have. Neither Megatron-Core nor Transformer Engine is imported."""
     if config.model.fp8 is None:
         return
     if not torch.cuda.is_available():
         return needs_gpu(f"model.fp8 is {config.model.fp8}, but there is no GPU", "set model.fp8=null, or run where there is one")
+    machine.check_fp8(config.model.fp8_recipe)
+
+
+def _check_fp8(hf: dict, config: Config) -> None:
+    """FP8 multiplications have sides that divide by 16 (32 for mxfp8), on every rank."""
+    if config.model.fp8 is None or not torch.cuda.is_available():
+        return
     if not versions.have_transformer_engine():
         raise UserError(f"model.fp8 is {config.model.fp8}, but Transformer Engine is not installed", "install it, or set model.fp8=null")
+    if refused := versions.fp8_refused(config.model.fp8_recipe):
+        raise UserError(f"Transformer Engine refuses model.fp8_recipe {config.model.fp8_recipe} ({refused})", "use another recipe")
     if settings.precision_of(config.model.precision) != "bf16":
         raise UserError(f"model.fp8 is {config.model.fp8} and the precision is not bf16", "set model.precision=bf16")
     side = versions.fp8_side(config.model.fp8_recipe)

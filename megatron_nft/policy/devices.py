@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_nft.errors import UserError, first_line
+from megatron_nft.policy import machine
 
 REPEATS, WARM_UP = 5, 2
 MOST_IN_USE = 0.1  # of a GPU's memory, by others
@@ -18,6 +19,23 @@ MOST_IN_USE = 0.1  # of a GPU's memory, by others
 def gpu_names() -> list[str]:
     """The GPUs that this process sees, by their product names."""
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as torch tells of it, before anything of it is in use."""
+
+    number: int
+    name: str
+    memory: int  # bytes in all
+
+
+def own_gpu() -> Gpu | None:
+    """This rank's; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(machine.local_rank())
+    return Gpu(machine.local_rank(), properties.name, properties.total_memory)
 
 
 def check_gpu(number: int) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from megatron_nft.config import Config, ParallelConfig, max_answer_length
 from megatron_nft.errors import UserError
-from megatron_nft.policy import manifest, settings, topology, versions
+from megatron_nft.policy import machine, manifest, settings, topology, versions
 from megatron_nft.policy.layers import PackedAttention, RMSNorm
 from megatron_nft.policy.varlen import VarlenAttention
 from megatron_nft.sizes import check_layout, check_ranks, expert_tensor_size, virtual_size
@@ -153,7 +153,7 @@ def attention_module(dtype: torch.dtype, context_parallel_size: int) -> type:
 def kernels(config: Config) -> str:
     """One line on the kernels in use: layers, attention, norms, precision, optimizer."""
     dtype, cp = settings.dtype_of(config.model.precision), config.parallel.context_parallel_size
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    where = machine.device_name()
     if by_transformer_engine(dtype):
         layers = "Transformer Engine layers, norms and attention (FlashAttention or cuDNN, as it finds)"
     else:

@@ -94,7 +94,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Topology:
 
 def make_groups(parallel: ParallelConfig, **more) -> None:
     """Megatron-Core's groups over torch.distributed's world; more: further arguments of initialize_model_parallel."""
-    versions.quiet()
+    versions.prepare()
     cpu.adapt()
     from megatron.core import parallel_state
 

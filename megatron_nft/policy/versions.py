@@ -1,15 +1,19 @@
 """What differs between Megatron-Core 0.16 and 0.19, between builds of Transformer Engine and Apex, and between PyTorch 2.10 and 2.13."""
 
+import importlib
 import importlib.util
 import inspect
 import logging
+import sys
 import warnings
 from collections.abc import Callable
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from megatron_nft.errors import UserError
+from megatron_nft.errors import UserError, first_line
 from megatron_nft.policy.adam import Adam
 
 # Notices of Megatron-Core about its own inside, which the user can do nothing about: by logger, and as warnings.
@@ -44,6 +48,87 @@ def quiet() -> None:
                 lambda r, start=start: r.levelno > logging.WARNING or start not in r.getMessage()
             )
             _quieted.append(name)
+
+
+# what an installation that does not fit raises: a name or library that is missing, versions of its parts that differ
+_NOT_LOADED = (ImportError, OSError, RuntimeError, AssertionError, AttributeError)
+_ENGINE = "transformer_engine"
+
+
+@cache
+def _engine_error() -> Exception | None:
+    """Why Transformer Engine, which is installed, does not load; None where it does, and where it is not installed."""
+    if importlib.util.find_spec(_ENGINE) is None:
+        return None
+    try:
+        importlib.import_module(f"{_ENGINE}.pytorch")
+    except _NOT_LOADED as error:
+        return error
+    return None
+
+
+def prepare() -> None:
+    """What has to be done before Megatron-Core is imported: its notices, and, without a GPU, a Transformer Engine that does not load, for
+    want of the driver's library, say: Megatron takes an ImportError alone for one that is not there, and nothing here would use it."""
+    quiet()
+    if not torch.cuda.is_available() and sys.modules.get(_ENGINE) is None and _engine_error() is not None:
+        sys.modules[_ENGINE] = None  # its import raises ModuleNotFoundError from now on
+
+
+def check_transformer_engine() -> None:
+    """Raise UserError where there is a GPU and Transformer Engine is installed, but does not load, or Megatron-Core does not take it: the
+    run would go without it, and slowly. Without Transformer Engine installed it goes by local layers."""
+    if not torch.cuda.is_available() or importlib.util.find_spec(_ENGINE) is None:
+        return
+    mend = "mend the installation (its parts are of one version, built for this torch and CUDA), or uninstall it to go by local layers"
+    if error := _engine_error():
+        raise UserError(f"Transformer Engine{_installed('transformer-engine')} is installed and does not load ({first_line(error)})", mend)
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    if not gpt_layer_specs.HAVE_TE:
+        raise UserError(
+            f"Megatron-Core {version()} does not take Transformer Engine{_installed('transformer-engine')} ({_why_not_taken()})", mend
+        )
+
+
+def _installed(distribution: str) -> str:
+    """ " 2.20.2", or nothing where it is not known."""
+    try:
+        return f" {metadata.version(distribution)}"
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _why_not_taken() -> str:
+    """What Megatron-Core's layers miss in Transformer Engine: it says nothing of it itself."""
+    try:
+        importlib.import_module("megatron.core.extensions.transformer_engine_spec_provider")
+    except _NOT_LOADED as error:
+        return first_line(error)
+    return "a name that it looks for is missing"
+
+
+def fp8_refused(recipe: str) -> str:
+    """Why Transformer Engine cannot compute an FP8 recipe here, in its own words; "" where it can, or does not say."""
+    if importlib.util.find_spec(_ENGINE) is None:
+        return ""
+    places = (f"{_ENGINE}.pytorch.quantization", f"{_ENGINE}.pytorch.fp8")  # the first since 2.8
+    own = importlib.import_module(next(place for place in places if importlib.util.find_spec(place)))
+    name = {"mxfp8": "check_mxfp8_support", "blockwise": "check_fp8_block_scaling_support"}.get(recipe, "check_fp8_support")
+    asked = getattr(own, name, None)
+    return "" if asked is None else asked()[1]
+
+
+def check_fp8_recipe(transformer) -> None:
+    """Let Megatron-Core make the recipe of a TransformerConfig: raises ValueError or AssertionError for one that it cannot make with this
+    Transformer Engine."""
+    if not transformer.fp8:
+        return
+    from megatron.core.fp8_utils import get_fp8_recipe
+
+    if transformer.fp8_recipe == "delayed":
+        mend_delayed_scaling()
+    get_fp8_recipe(transformer)
 
 
 def version() -> str:

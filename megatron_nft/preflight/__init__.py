@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_nft import config
+from megatron_nft import config, fitting
 from megatron_nft.config import Config
 from megatron_nft.config.engine import check_world
 from megatron_nft.errors import UserError
 from megatron_nft.planner.hardware import find
-from megatron_nft.policy import check, devices, topology
+from megatron_nft.policy import check, check_chip, check_machine, devices, topology
 from megatron_nft.preflight import nodes, planned, run_directory
 from megatron_nft.preflight.table import Found, table
 from megatron_nft.preflight.together import Place, gather, leads, meet, together
@@ -59,6 +59,7 @@ def _look(path: str, overrides: list[str], asked: int, trainers: int | None, cha
     """From what is quick to look at to what takes longest. Every step ends in a decision of all ranks."""
     here = Place.here()
     settings = together(lambda: config.load(path, overrides))[here]
+    together(check_machine)
     versions, gpus = together(nodes.versions), together(devices.gpu_names)
     nodes.check_versions(versions)
     nodes.check_gpus(gpus, asked)
@@ -66,6 +67,7 @@ def _look(path: str, overrides: list[str], asked: int, trainers: int | None, cha
     world, first, leader = len(ranks) if trainers is None else trainers, here == ranks[0], leads(ranks, here)
     together(lambda: check_shape(settings, world, len(ranks), on_gpus=bool(asked)))
     files = _check_files(settings, leader)
+    together(lambda: _check_chip(settings, world) if first and gpus[here] else None)
     run_directory.check_shared(Path(settings.run_dir))
     state = together(lambda: run_directory.check_same_run(settings, changed) if first else "")[ranks[0]]
     fits = together(lambda: planned.check_fits(settings, gpus[here]) if first and asked else "")[ranks[0]]
@@ -89,6 +91,14 @@ def _check_given(settings: Config, named: dict[str, str]) -> None:
     for key, path in named.items():
         if not Path(path).exists():
             raise UserError(f"no data file at {path} ({key})", "give its path, on a file system that all nodes see")
+
+
+def _check_chip(settings: Config, trainers: int) -> None:
+    """What the GPUs, which are all of one kind, certainly lack."""
+    check_chip(settings)
+    fitting.check_trainer(settings, sampling=True, ranks=trainers)
+    if settings.rollout.mode == "served":
+        fitting.check_engine(settings, config.max_model_len(settings))
 
 
 def check_shape(settings: Config, trainers: int, ranks: int, on_gpus: bool) -> None:

@@ -1,11 +1,10 @@
 """The planner's verdict on a run, for the GPUs that are there: an estimate, which refuses a run only where it says that it does not fit."""
 
-import re
 from dataclasses import replace
 
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError, first_line
-from megatron_nft.planner.hardware import GIB, GPUS
+from megatron_nft.planner.hardware import known
 from megatron_nft.planner.plan import plan
 
 
@@ -31,12 +30,3 @@ def check_fits(settings: Config, gpus: list[str]) -> str:
                         f"`megatron-nft plan` with the same settings, plan.gpu={gpu} and --search names layouts that fit; "
                         "plan.nodes=null goes on without a plan")  # fmt: skip
     return f"fits{there}, as the planner estimates"
-
-
-def known(seen: str) -> str | None:
-    """The planner's name of a GPU that the driver calls `seen` (NVIDIA H100 80GB HBM3); None: it has none, or one of another memory."""
-    gigabytes = re.search(r"\b(\d+) ?GB\b", seen)
-    for name, gpu in GPUS.items():
-        if re.search(rf"\b{name}\b", seen) and (gigabytes is None or int(gigabytes[1]) >= gpu.memory // GIB):
-            return name
-    return None

@@ -1,7 +1,9 @@
 """What vLLM is started with: one dictionary for an engine in this process and for a server, and what it refuses."""
 
 import dataclasses
+import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any, get_args
 import torch
 
 from megatron_nft.config import RolloutConfig
-from megatron_nft.errors import UserError, needs_gpu
+from megatron_nft.errors import UserError, first_line, needs_gpu
+from megatron_nft.rollout import installed
 from megatron_nft.rollout.settings import set_environment
 from megatron_nft.weights import is_checkpoint
 
@@ -90,8 +93,12 @@ def command_line(arguments: dict[str, Any]) -> list[str]:
 
 
 def check(rollout: RolloutConfig) -> None:
-    """Raise UserError for what this machine or this vLLM cannot do. vLLM is imported only where a setting needs to be looked up in it."""
-    if not torch.cuda.is_available():
+    """Raise UserError for what this machine or this vLLM cannot do. vLLM is imported where there is a GPU, and without one only where a
+    setting needs to be looked up in it."""
+    installed.check(rollout)
+    if torch.cuda.is_available():
+        _check_fp8(rollout)
+    else:
         _check_cpu(rollout)
     if rollout.vllm or rollout.kv_cache_dtype not in PLAIN_CACHES:
         _check_names(rollout)
@@ -109,6 +116,34 @@ def _check_cpu(rollout: RolloutConfig) -> None:
             needs_gpu(f"rollout.{key} is {value}, and {why}", "leave it out")
     if rollout.kv_cache_dtype.startswith("fp8") and not torch.cpu._is_avx512_supported():
         needs_gpu(f"rollout.kv_cache_dtype is {rollout.kv_cache_dtype}, and this CPU has no AVX-512, which vLLM needs", "use auto")
+
+
+def _check_fp8(rollout: RolloutConfig) -> None:
+    """By vLLM's own least capability of a quantisation (FP8 weights go from 7.5 on: kernels for older chips widen them), and by what its
+    attention kernels have: FlashAttention 3's and Triton's read an FP8 cache from 8.9 on, FlashInfer's from 8.0 on."""
+    chip = torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0")))
+    number = 10 * chip[0] + chip[1]
+    if rollout.quantization and (least := _least_capability(rollout.quantization)) > number:
+        raise UserError(
+            f"rollout.quantization is {rollout.quantization}, which vLLM has from compute capability {least / 10} on; this GPU's is "
+            f"{number / 10}",
+            "leave it out",
+        )
+    if rollout.kv_cache_dtype.startswith("fp8") and number < (80 if importlib.util.find_spec("flashinfer") else 89):
+        raise UserError(
+            f"rollout.kv_cache_dtype is {rollout.kv_cache_dtype}, and vLLM's attention reads an FP8 cache from compute capability 8.9 on "
+            f"(FlashInfer's from 8.0 on); this GPU's is {number / 10}",
+            "use auto",
+        )
+
+
+def _least_capability(quantization: str) -> int:
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    try:
+        return get_quantization_config(quantization).get_min_capability()
+    except ValueError as error:
+        raise UserError(f"rollout.quantization is {quantization}: {first_line(error)}", "mend the name, or leave it out") from error
 
 
 def _check_names(rollout: RolloutConfig) -> None:

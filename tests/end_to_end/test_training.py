@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_nft.cli import main
-from tests.end_to_end.runs import DEMO, rows, run
+from tests.end_to_end.runs import DEMO, SETTINGS, rows, run
 
 
 def test_the_reward_rises(finished):
@@ -21,7 +21,17 @@ def test_the_reward_rises(finished):
 def test_the_run_directory_is_complete(finished):
     run_dir, printed = finished
     names = {path.name for path in run_dir.iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "rollouts", "evaluations", "checkpoints", "huggingface", "report.html", "wandb"} <= names
+    assert {
+        "config.yaml",
+        "machine.json",
+        "metrics.jsonl",
+        "rollouts",
+        "evaluations",
+        "checkpoints",
+        "huggingface",
+        "report.html",
+        "wandb",
+    } <= names
     kinds = ("coefficients", "step")
     assert sorted(p.name for p in (run_dir / "rollouts").iterdir()) == [f"{kind}_{n}.parquet" for kind in kinds for n in range(1, 9)]
     assert sorted(p.name for p in (run_dir / "evaluations").iterdir()) == ["step_0.json", "step_4.json", "step_8.json"]
@@ -34,6 +44,22 @@ def test_the_sampler_had_the_trainers_weights_at_every_step(finished):
     """Mean |log pi_sampler - log pi_trainer| of the sampled tokens: 1e-5 in float32."""
     differences = [row["train/logprob_difference"] for row in rows(finished[0]) if row["step"] > 0]
     assert 0 < max(differences) < 1e-5
+
+
+def test_a_plan_is_put_beside_the_run(finished, capsys):
+    """Though it was on a CPU, as asked for; its own steps are the measured side."""
+    run_dir, _ = finished
+    assert json.loads((run_dir / "machine.json").read_text())["ranks"] == 1
+    arguments = ["plan", str(DEMO / "nft.yaml"), *SETTINGS, "plan.nodes=1", "plan.gpus_per_node=1", "--against", str(run_dir)]
+    assert main([*arguments, "--any-device", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"] == 6 and not found["right_device"] and not found["other_settings"]
+    lines = {line["name"]: line for line in found["lines"]}
+    assert {"generate", "train", "sync", "a validation", "a save", "memory in train"} <= lines.keys()
+    trained = sorted(row["time/train"] for row in rows(run_dir) if row["step"] > 2)
+    assert lines["train"]["measured"] == (trained[2] + trained[3]) / 2
+    workload = {line["name"]: line["measured"] for line in found["workload"]}
+    assert 10 < workload["mean response length"] <= 64 and workload["groups kept"] == 32
 
 
 def test_the_export_loads_in_transformers(finished):

@@ -1,5 +1,7 @@
 """From the config to Megatron's config classes, and what is refused before a model is built."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -108,6 +110,15 @@ def test_selective_recompute_and_defaults(read):
 def test_refused(override, problem, mend, read):
     error = refused(read(override))
     assert problem in error.problem and mend in error.mend
+
+
+def test_a_recipe_that_the_chip_lacks_is_refused_before_megatron_is_asked(read, pretend, monkeypatch):
+    chip = SimpleNamespace(major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: chip)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "NVIDIA H100")
+    monkeypatch.setattr(versions, "prepare", lambda: pytest.fail("Megatron-Core is not to be touched"))
+    error = refused(read("model.fp8=hybrid", "model.fp8_recipe=mxfp8"))
+    assert error.problem.startswith("model.fp8_recipe is mxfp8, and NVIDIA H100 (compute capability 9.0) lacks it")
 
 
 def test_norms_are_recomputed_by_transformer_engine_alone(read):

@@ -95,6 +95,7 @@ def test_what_needs_a_gpu(setting, value, monkeypatch):
     with pytest.raises(UserError, match=f"rollout.{setting} is {value}"):
         arguments.check(rollout)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (9, 0))
     arguments.check(rollout)
 
 
