@@ -37,20 +37,17 @@ def draw_accuracy(rows: list[dict], out: Path) -> None:
         figure = Figure(figsize=(8.5, 4.2), layout="constrained")
         axes = figure.subplots()
         for offset, kind, label, colour in ((-0.2, "greedy", "greedy", BLUE), (0.2, "avg@8", "avg@8 at temperature 1", ORANGE)):
-            places, values = [number + offset for number in range(len(rows))], [row[kind] for row in rows]
-            axes.bar(places, values, width=0.38, color=colour, label=label)
-            ends = [row[f"{kind}_interval"] for row in rows]
-            reach = [
-                [max(value - low, 0.0) for value, (low, _) in zip(values, ends)],
-                [max(high - value, 0.0) for value, (_, high) in zip(values, ends)],
-            ]
-            axes.errorbar(places, values, yerr=reach, fmt="none", ecolor="#3c4248", elinewidth=1, capsize=3)
+            bars = [(number + offset, row[kind], *row[f"{kind}_interval"]) for number, row in enumerate(rows) if kind in row]
+            for place, value, low, high in bars:
+                axes.bar(place, value, width=0.38, color=colour, label=label if place == bars[0][0] else None)
+                axes.vlines(place, low, high, color="#3c4248", linewidth=1)
         axes.set_xticks(range(len(rows)), [row["title"].replace(", ", ",\n") for row in rows])
         axes.set_title("GSM8K test problems", loc="left", fontsize=11)
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
         axes.grid(visible=False, axis="x")
         axes.set_ylim(bottom=0)
         if rows:
-            axes.legend(loc="upper left")
+            axes.legend(loc="upper left", ncols=2)
+            axes.set_ylim(top=1.15 * max(max(row[key][1] for key in row if key.endswith("_interval")) for row in rows) or 1)
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=110, format="png")

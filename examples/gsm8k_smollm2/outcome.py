@@ -90,7 +90,7 @@ def _row(name: str, plan: Plan, arms: dict[str, list[dict]], stages: dict, found
     """A row of the summary, and of the table."""
     result, rows = found[name]["sets"][SET], arms.get(name, [])
     row = {"name": name, "title": TITLES[name], "problems": result["problems"]}
-    row |= {key: result[key] for kind in ("greedy", SAMPLED) for key in (kind, f"{kind}_interval")}
+    row |= {key: result[key] for kind in ("greedy", SAMPLED) if kind in result for key in (kind, f"{kind}_interval")}
     row |= {key: result[key] for key in ("response_length", "truncated_share", "no_answer_share")}
     if name == WARM_START and "sft" in stages:
         row["minutes"] = stages["sft"]["seconds"] / 60
@@ -130,7 +130,7 @@ def _cells(row: dict) -> list[str]:
         row["title"],
         f"{row['sampled_tokens']:,}" if "sampled_tokens" in row else "",
         f"{row['updates']:.0f}" if "updates" in row else "",
-        *(percent(row[kind], row[f"{kind}_interval"]) for kind in ("greedy", SAMPLED)),
+        *(percent(row[kind], row[f"{kind}_interval"]) if kind in row else "" for kind in ("greedy", SAMPLED)),
         difference,
         f"{row['p']:.4f}" if "p" in row else "",
         f"{row['minutes']:.1f}" if "minutes" in row else "",

