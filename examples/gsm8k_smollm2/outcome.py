@@ -3,7 +3,7 @@
 | file | holds |
 |---|---|
 | summary.json | device, date, versions, command; of each arm tokens, minutes, accuracies with intervals, and against the warm start |
-| arms.md | the same as a table |
+| arms.md | the same as a table, and the first few sample answers |
 | metrics.jsonl | every row of every run's metrics.jsonl, with `run` |
 | evaluations.json | every evaluation of the test problems, problem by problem |
 | answers.jsonl | greedy answers to a dozen test problems, of every evaluation: before and after |
@@ -16,7 +16,9 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 
 import curves
@@ -33,6 +35,7 @@ from megatron_nft.report import load_rows, with_sampled
 SET, SAMPLED = "gsm8k", "avg@8"
 TITLES = {BEFORE: "the model itself", WARM_START: "warm start", "nft": "NFT", "rft": "RFT", "dapo": "DAPO", "nft_fp8": "NFT, FP8 training"}
 PROBLEMS = 12  # whose answers are kept, spread over the test set
+SHOWN = 4  # of these problems in arms.md
 LOG_LINES = 40
 HEADER = ["", "sampled tokens", "updates", "greedy", SAMPLED, f"{SAMPLED} - warm start's", "p", "minutes"]
 _ASK_GPUS = "import json; from megatron_nft.policy.devices import gpu_names; print('\\n' + json.dumps(gpu_names()))"
@@ -67,10 +70,11 @@ def write(plan: Plan, stages: dict, of_machine: dict, out: Path, command: str) -
         "ratios": [],
     }
     _write(out / "summary.json", json.dumps(summary, indent=1))
-    _write(out / "arms.md", markdown(summary))
+    samples = sample_answers(plan, found)
+    _write(out / "arms.md", markdown(summary, samples))
     _write_lines(out / METRICS, ({"run": name, **row} for name, rows in runs.items() for row in rows))
     _write(out / "evaluations.json", json.dumps(found))
-    _write_lines(out / "answers.jsonl", sample_answers(plan, found))
+    _write_lines(out / "answers.jsonl", samples)
     _write(out / "logs.txt", logs(plan.runs / "logs"))
     curves.draw({TITLES[name]: rows for name, rows in arms.items()}, out / "curves.png")
     curves.draw_accuracy(summary["rows"], out / "accuracy.png")
@@ -109,8 +113,8 @@ def _row(name: str, plan: Plan, arms: dict[str, list[dict]], stages: dict, found
     return row
 
 
-def markdown(summary: dict) -> str:
-    """The fragment: what was run and on what, and the table. A percentage is followed by its 95 % interval."""
+def markdown(summary: dict, samples: list[dict]) -> str:
+    """The fragment: what was run and on what, the table, and answers. A percentage is followed by its 95 % interval."""
     where = summary["device"] if summary["sizes"] == "as configured" else f"{summary['device']}, sizes of --tiny: no result"
     told = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     lines = [
@@ -119,8 +123,24 @@ def markdown(summary: dict) -> str:
         f"intervals by resampling problems (greedy: Wilson's); p by paired bootstrap. Minutes of the training alone, start included.",
         f"`{summary['command']}`",
         markdown_table([HEADER, *map(_cells, summary["rows"])]),
+        *_spoken(samples),
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _spoken(samples: list[dict]) -> Iterator[str]:
+    """The answers to the first problems of the samples, which are not chosen by what was answered."""
+    for number, (_, rows) in enumerate(groupby(samples, key=lambda row: row["id"])):
+        if number == SHOWN:
+            return
+        of = list(rows)
+        answers = [f"- {TITLES[row['model']]}, {row['outcome'].replace('_', ' ')}: {_on_one_line(row['response'])}" for row in of]
+        yield "\n".join([f"{of[0]['id']}: {_on_one_line(of[0]['question'])} ({of[0]['gold']})", "", *answers])
+
+
+def _on_one_line(text: str) -> str:
+    """A text as code, so that nothing in it is taken for markdown."""
+    return f"`{' / '.join(text.replace('`', chr(39)).split(chr(10))).strip()}`"
 
 
 def _cells(row: dict) -> list[str]:
@@ -138,8 +158,8 @@ def _cells(row: dict) -> list[str]:
 
 
 def sample_answers(plan: Plan, found: dict[str, dict]) -> list[dict]:
-    """Greedy answers to the same problems by every model that was evaluated, problem by problem."""
-    made = []
+    """Greedy answers to the same problems by every model that was evaluated, problem by problem, in the order of the models."""
+    made: list[dict] = []
     for name in found:
         files = kept.files(kept.directory_of(plan.runs / "scores", name))
         rows = [row for file in files for row in kept.read(file) if row["kind"] == "greedy"]

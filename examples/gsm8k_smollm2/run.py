@@ -37,7 +37,7 @@ from megatron_nft.stopping import EXIT_CODE  # noqa: E402
 
 GRACE = load(HERE / "common.yaml").checkpoint.grace_time  # seconds from a request to stop until a process has ended
 KEEPING = 15  # seconds to write what is kept
-SHORTEST = 20  # seconds that a stage should have before it is asked to stop
+SHORTEST = 60  # seconds that a stage has before it is asked to stop, or it is not begun: an engine takes most of that to start
 TAIL = 25  # lines of a log that are shown where its stage failed
 
 
@@ -132,6 +132,10 @@ def run(given: argparse.Namespace) -> int:
     for arm in plan.arms:  # what a config gets wrong is told before anything runs
         load(HERE / f"{arm}.yaml", plan.settings)
     out, failed = (given.out or plan.runs / "results").absolute(), []
+
+    def keep() -> None:
+        outcome.write(plan, record.stages, machine, out, shlex.join(["python", *sys.argv]))
+
     for stage in stages:
         if record.done(stage) or not all(path.exists() for path in stage.needs):
             continue
@@ -139,9 +143,9 @@ def run(given: argparse.Namespace) -> int:
             break
         code = run_stage(stage, plan.runs, record, clock)
         failed += [stage.name] if code not in (0, EXIT_CODE) else []
-        outcome.write(plan, record.stages, machine, out, shlex.join(["python", *sys.argv]))
-        if clock.left <= 0:
-            break
+        keep()
+    if not (out / "summary.json").is_file():  # nothing was left to do, but --out is a new place
+        keep()
     return told([stage for stage in stages if not record.done(stage)], failed, len(stages), out)
 
 

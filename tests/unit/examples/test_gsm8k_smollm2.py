@@ -256,6 +256,11 @@ def test_what_is_kept(tmp_path):
     answers = [json.loads(line) for line in (out / "answers.jsonl").open()]
     assert [row["model"] for row in answers[:3]] == ["model", "warm_start", "nft"] and len(answers) == 18
     assert answers[0]["response"] == "model says"
+    assert (
+        "gsm8k-0: `How many?` (1)\n\n- the model itself, wrong: `model says`\n- warm start, right: `warm_start says`\n- NFT, right:"
+        in table
+    )
+    assert table.count("How many?") == outcome.SHOWN
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("curves.png", "accuracy.png"))
     assert len(list(out.iterdir())) == 8 and sum(file.stat().st_size for file in out.iterdir()) < 2e6
 
