@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,6 +18,7 @@ TEAL, BROWN, PINK, GREY, OLIVE = "#2a9d9d", "#8c6d4f", "#d07aa8", "#8b929a", "#a
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, TEAL, RED, BROWN, PINK, OLIVE, GREY)
 STAGES = {"generate": BLUE, "rewards": ORANGE, "batching": OLIVE, "old_logprobs": TEAL, "train": GREEN, "sync": PURPLE,
           "validate": PINK, "checkpoint": BROWN, "log": GREY, "other": "#d3d7db"}  # fmt: skip
+POINTS = 60  # of the common axis of token_curve
 STYLE = {"svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
          "axes.edgecolor": "#9aa1a8", "axes.labelcolor": "#59616a", "xtick.color": "#59616a", "ytick.color": "#59616a", "axes.grid": True,
          "grid.color": "#e7eaed", "grid.linewidth": 0.8, "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 9}  # fmt: skip
@@ -150,6 +152,30 @@ def compare_png(runs: dict[str, list[dict]], out: str | Path) -> None:
         axes.set_xlabel("rollout step")
         axes.set_ylabel("validation accuracy")
         figure.savefig(out, dpi=150, format="png")
+
+
+def token_curve(axes: Axes, runs: list[list[dict]], key: str, label: str, colour: str) -> None:
+    """A metric against thousands of sampled tokens (`sampled` of report.with_sampled): the mean over the runs on a common axis, and a band
+    from the lowest to the highest. Runs that have not the metric draw nothing."""
+    tracks = [[(row["sampled"] / 1000, row[key]) for row in rows if key in row] for rows in runs]
+    tracks = [track for track in tracks if track]
+    if not tracks:
+        return
+    tokens = np.linspace(max(track[0][0] for track in tracks), min(track[-1][0] for track in tracks), POINTS)
+    values = np.array([np.interp(tokens, *zip(*track, strict=True)) for track in tracks])
+    axes.plot(tokens, values.mean(0), color=colour, linewidth=1.8, label=label)
+    if len(tracks) > 1:
+        axes.fill_between(tokens, values.min(0), values.max(0), color=colour, alpha=0.13, linewidth=0)
+
+
+def finish_token_axes(axes: Axes, percent: bool, bottom: float | None = None) -> None:
+    """Axis formats and the legend of token_curves; bottom: where the vertical axis begins, None: where the curves do."""
+    axes.set_xlabel("thousand sampled tokens")
+    axes.set_ylim(bottom=bottom)
+    if percent:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best")
 
 
 def _draw(axes: Axes, chart: Chart, rows: list[dict]) -> None:

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
@@ -62,6 +63,11 @@ def load_rows(run_dir: str | Path) -> list[dict]:
     if not rows:
         raise UserError(f"{path} holds no complete step", "wait for the first step to end")
     return sorted(rows, key=lambda row: row["step"])
+
+
+def with_sampled(rows: list[dict]) -> list[dict]:
+    """The rows, each with `sampled`: the tokens sampled up to it."""
+    return [row | {"sampled": sampled} for row, sampled in zip(rows, accumulate(row.get("tokens", 0) for row in rows), strict=True)]
 
 
 def accuracies(rows: list[dict]) -> list[Accuracy]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_nft.config import Config, load
-from megatron_nft.report import load_rows
+from megatron_nft.report import load_rows, with_sampled
 
 COMMON = Path(__file__).with_name("common.yaml")
 
@@ -68,8 +68,4 @@ class Run:
 
     def rows(self) -> list[dict]:
         """The run's metrics, with `sampled`: tokens sampled up to the row."""
-        rows, sampled = load_rows(self.directory), 0
-        for row in rows:
-            sampled += row.get("tokens", 0)
-            row["sampled"] = sampled
-        return rows
+        return with_sampled(load_rows(self.directory))

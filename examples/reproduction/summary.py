@@ -14,6 +14,8 @@ from arms import ARMS, ENTROPY, GREEDY, SAMPLED, SEEDS, Run
 from curves import draw
 from jinja2 import Environment, FileSystemLoader
 
+from megatron_nft.evaluation.tables import markdown_table
+
 HERE = Path(__file__).parent
 LAST = 2  # validations at the end whose mean is the result: one alone has an error of two points
 EDGE = 3  # rollout steps at either end that the entropy is averaged over
@@ -70,8 +72,8 @@ def write(runs: list[Run], out: Path, docs: Path) -> None:
     image = b64encode(picture.read_bytes()).decode()
     page = environment.get_template("report.html.jinja").render(**parts, image=image, runs=complete, out=out)
     (out / "report.html").write_text(page, encoding="utf-8")
-    print(markdown(parts["table"]), *("- " + line for line in parts["findings"]), "", f"{docs / 'reproduction.md'}", f"{picture}",
-          f"{out / 'report.html'}", sep="\n")  # fmt: skip
+    findings_told = ["- " + line for line in parts["findings"]]
+    print(markdown_table(parts["table"]), "", *findings_told, "", docs / "reproduction.md", picture, out / "report.html", sep="\n")
 
 
 def table(results: dict[str, dict[int, Result]], bases: dict[str, dict]) -> list[list[str]]:
@@ -88,11 +90,6 @@ def table(results: dict[str, dict[int, Result]], bases: dict[str, dict]) -> list
 
 def _spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:], ""])
 
 
 def main() -> None:

@@ -164,7 +164,9 @@ def convert(gguf_file: Path, out: Path) -> None:
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
     tokenizer(field).save(str(out / "tokenizer.json"))
     tensors = weights(reader, config["num_attention_heads"], config["num_key_value_heads"])
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    part = out / "model.safetensors.part"
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.replace(out / "model.safetensors")  # last and at once: where it is, the directory is whole
     print(f"{out}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()) / 1e6:.0f} million parameters")
 
 

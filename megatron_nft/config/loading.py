@@ -41,7 +41,7 @@ def load_with_sources(path: str | Path, overrides: list[str] = ()) -> tuple[Conf
         given = [leaf for override in overrides for leaf in _split(override)]
         presets = next((value for key, value in reversed(given) if key == "preset"), None)
         file = _read(path)
-        layers.put(file, str(path), presets=presets is None)
+        layers.put(file, str(path), presets=presets is None, folder=path.parent)
         layers.put(OmegaConf.create({"preset": presets}), "command line")
         given = [(key, value) for key, value in given if key != "preset"]
         for key, value in sorted(given, key=lambda item: item[0] != "objective.name"):  # the name first: it sets the others anew
@@ -70,13 +70,19 @@ class _Layers:
         objective.forget(self.tree.objective)  # what no layer sets is filled in at the end
         self.sources: dict[str, str] = {}
 
-    def put(self, layer: DictConfig, source: str, presets: bool = True) -> None:
-        """Put a file's settings over what is there, and below them the presets it names (unless `presets` is false)."""
+    def put(self, layer: DictConfig, source: str, presets: bool = True, folder: Path = Path()) -> None:
+        """Put a file's settings over what is there, and below them the presets it names (unless `presets` is false).
+
+        folder: where presets that are files lie. Only published ones stay under `preset`: a file may be elsewhere when a saved config,
+        which has all its settings, is read again.
+        """
         names = _preset_names_in(layer.pop("preset", None))
         if presets and names:
             for name in names:
-                self.put(_read(_preset_path(name)), f"preset {name}")
-            self.tree.preset, self.sources["preset"] = names, source
+                path = _preset_path(name, folder)
+                self.put(_read(path), f"preset {name}", folder=path.parent)
+            if published := [name for name in names if not _is_file(name)]:
+                self.tree.preset, self.sources["preset"] = published, source
         _check_sections(layer, source)
         self._start_anew(OmegaConf.select(layer, "objective.name"))
         self.tree = OmegaConf.merge(self.tree, layer)
@@ -109,7 +115,16 @@ def _preset_names_in(value: object) -> list[str]:
     return list(names or [])
 
 
-def _preset_path(name: str) -> Path:
+def _is_file(name: str) -> bool:
+    """Whether a preset is a file of the user's own."""
+    return name.endswith(".yaml")
+
+
+def _preset_path(name: str, folder: Path) -> Path:
+    if _is_file(name):
+        if not (folder / name).is_file():
+            raise UserError(f"no preset at {folder / name}", "mend the path: it is relative to the file that names it")
+        return folder / name
     names = preset_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)

@@ -365,7 +365,7 @@ class ProfileConfig:
 @dataclass
 class Config:
     run_dir: str = MISSING
-    preset: list[str] = field(default_factory=list)  # published runs (config/presets), below this file's own settings
+    preset: list[str] = field(default_factory=list)  # published runs (config/presets) or .yaml files, below this file's own settings
     seed: int = 1
     replay: str | None = None  # the run_dir of a finished run, whose saved answers are trained on: no engine, no verdicts
     resume: bool = True  # continue from the newest complete checkpoint of run_dir, where there is one

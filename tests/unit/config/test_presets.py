@@ -2,7 +2,17 @@
 
 import pytest
 
-from megatron_nft.config import ObjectiveConfig, SetSampling, describe, load, load_with_sources, max_model_len, preset_names, samplings
+from megatron_nft.config import (
+    ObjectiveConfig,
+    SetSampling,
+    describe,
+    load,
+    load_with_sources,
+    max_model_len,
+    preset_names,
+    samplings,
+    save,
+)
 from megatron_nft.config.objective import OWN_SETTINGS, PUBLISHED
 from megatron_nft.errors import UserError
 
@@ -84,6 +94,23 @@ def test_a_preset_with_a_typo_names_the_nearest(file, where):
     assert str(caught.value) == "there is no preset 'nft-7bb': did you mean nft-7b?"
     with pytest.raises(UserError, match="use one of .*dapo-32b"):
         load(file(), ["preset=[nft-7b, zzz]"])
+
+
+def test_a_preset_may_be_a_file_beside(file, tmp_path, monkeypatch):
+    """Relative to the file that names it, itself on a preset; only published ones stay named in what is saved."""
+    (tmp_path / "common.yaml").write_text("preset: nft-7b\nrollout: {n: 4, top_p: 0.9}\n")
+    path = file("preset: [common.yaml]\nrollout: {n: 5}\n")
+    config, sources = load_with_sources(path)
+    assert (config.rollout.n, config.rollout.top_p, config.rollout.max_tokens) == (5, 0.9, 3584)
+    assert (sources["rollout.top_p"], sources["rollout.max_tokens"]) == ("preset common.yaml", "preset nft-7b")
+    assert config.preset == ["nft-7b"]
+    save(config, tmp_path / "saved.yaml")
+    (tmp_path / "common.yaml").rename(tmp_path / "elsewhere.yaml")
+    assert load(tmp_path / "saved.yaml") == config
+    with pytest.raises(UserError, match=r"no preset at .*common.yaml: mend the path"):
+        load(path)
+    monkeypatch.chdir(tmp_path)
+    assert load(path, ["preset=elsewhere.yaml"]).rollout.top_p == 0.9  # from the command line: relative to where one is
 
 
 def test_the_order_of_the_layers(file):
