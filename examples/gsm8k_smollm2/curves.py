@@ -42,6 +42,7 @@ def draw_accuracy(rows: list[dict], out: Path) -> None:
                 axes.bar(place, value, width=0.38, color=colour, label=label if place == bars[0][0] else None)
                 axes.vlines(place, low, high, color="#3c4248", linewidth=1)
         axes.set_xticks(range(len(rows)), [row["title"].replace(", ", ",\n") for row in rows])
+        axes.set_xlim(-0.6, max(len(rows), 1) - 0.4)
         axes.set_title("GSM8K test problems", loc="left", fontsize=11)
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
         axes.grid(visible=False, axis="x")
