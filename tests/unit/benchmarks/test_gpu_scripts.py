@@ -12,6 +12,7 @@ from tests.support import ROOT
 
 GPU = ROOT / "benchmarks" / "gpu"
 pytestmark = pytest.mark.slow
+starts_vllm = pytest.mark.skipif(os.environ.get("MEGATRON_NFT_LONG") != "1", reason="starts vLLM: make test-long")
 
 
 def run(script: str, tmp_path: Path, *arguments: str) -> tuple[dict, str]:
@@ -45,6 +46,7 @@ def test_logprobs(tmp_path):
             assert row[key] == pytest.approx(by_way["plain"][key], rel=1e-4)
 
 
+@starts_vllm
 def test_mismatch(tmp_path):
     """In float32 trainer and engine agree to float32's precision; the engine's own prefill does as well."""
     result, _ = run("mismatch", tmp_path)
@@ -53,6 +55,7 @@ def test_mismatch(tmp_path):
         assert row["tokens"] >= 200 and 0 <= row["mean_absolute"] <= row["largest"] < 1e-3 and row["k3"] < 1e-6
 
 
+@starts_vllm
 def test_weight_stream(tmp_path):
     result, _ = run("weight_stream", tmp_path, "--repeats", "1")
     [row, *alone] = result["rows"]
