@@ -70,7 +70,7 @@ def configure(folder: str, job: dict, arguments: argparse.Namespace) -> Config:
     config.model.path = folder
     if job["precision"] not in ("bf16", APART):
         config.model.fp8, config.model.fp8_recipe = "hybrid", job["precision"]
-    if torch.cuda.is_available() and job["precision"] != APART and versions.have_fused_accumulation():
+    if torch.cuda.is_available() and job["precision"] != APART and versions.have_fused_accumulation(versions.have_transformer_engine()):
         config.megatron.transformer["gradient_accumulation_fusion"] = True
     config.train.tokens_per_micro_batch = max(arguments.tokens)
     config.train.recompute_granularity = "full" if arguments.recompute else None
