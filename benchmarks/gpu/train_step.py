@@ -41,12 +41,12 @@ FP8_GOAL = ">= 1.4"  # of the layers
 def parse() -> argparse.Namespace:
     parser = common.parser(__doc__, seconds=170)
     parser.add_argument("--models", nargs="+", choices=list(GOALS), default=list(GOALS))
-    parser.add_argument("--layers", type=int, default=8, help="of qwen2.5-32b")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
+    parser.add_argument("--layers", type=common.positive, default=8, help="of qwen2.5-32b")
+    parser.add_argument("--tokens", type=common.positive, nargs="+", default=[4096, 16384])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--micro-batches", type=int, default=2)
+    parser.add_argument("--micro-batches", type=common.positive, default=2)
     parser.add_argument("--recompute", action="store_true", help="recompute_granularity=full")
-    parser.add_argument("--steps", type=int, default=3, help="timed, after two that are not")
+    parser.add_argument("--steps", type=common.positive, default=3, help="timed, after two that are not")
     parser.add_argument("--profile", type=Path, metavar="FOLDER")
     return parser.parse_args()
 
