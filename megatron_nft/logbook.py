@@ -248,15 +248,18 @@ def progress(work: Iterable | int, label: str, unit: str, stream: TextIO | None 
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """The rows of a metrics.jsonl. A last line torn by a kill is left out; any other broken line is a UserError."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    """The rows of a metrics.jsonl. A last line torn by a kill is left out; any other line that is no JSON object is a UserError."""
+    lines = Path(path).read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError:
-            if number < len(lines):  # a torn line has no newline, so it is the last piece
-                raise UserError(f"line {number} of {path} is not JSON", "remove that line") from None
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):  # no JSON, no UTF-8
+            row = line
+        if isinstance(row, dict):
+            rows.append(row)
+        elif row is not None and number < len(lines):  # a torn line has no newline, so it is the last piece
+            raise UserError(f"line {number} of {path} is not JSON", "remove that line")
     return rows
 
 

@@ -78,13 +78,68 @@ def write_model(hf: dict, folder: Path) -> Path:
 # ---- arguments and time
 
 
+class Parser(argparse.ArgumentParser):
+    """What is wrong is one line, and exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def positive(text: str) -> int:
+    """An argument that is 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of 1 or more")
+    return int(text)
+
+
+def positive_seconds(text: str) -> float:
+    """An argument that is a time, above 0."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
+    return seconds
+
+
+def model_directory(text: str) -> Path:
+    """An argument that is a Hugging Face directory."""
+    if not (Path(text) / "config.json").is_file():
+        raise argparse.ArgumentTypeError(f"no config.json in {text}: give the directory of a Hugging Face model")
+    return Path(text)
+
+
+def existing_file(text: str) -> Path:
+    """An argument that is a file which is there."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"no file at {text}")
+    return Path(text)
+
+
+def writable(text: str) -> Path:
+    """An argument that is a file to write at the end: its folder is made now, and that it can be written to is tried now."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path.parent} cannot be written to ({error.strerror})") from None
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder")
+    return path
+
+
 def parser(description: str, seconds: float) -> argparse.ArgumentParser:
     """With what every script takes; seconds: its time budget unless told otherwise."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it started ends with it
-    made = argparse.ArgumentParser(description=description.split("\n")[0])
-    made.add_argument("--json", type=Path, help="write the result there")
+    made = Parser(description=description.split("\n")[0])
+    made.add_argument("--json", type=writable, help="write the result there")
     made.add_argument("--tiny", action="store_true", help="small sizes, which a CPU can do: shows that the script runs")
-    made.add_argument("--seconds", type=float, default=seconds, help="begin nothing new after so long, and end what still runs then")
+    made.add_argument(
+        "--seconds", type=positive_seconds, default=seconds, help="begin nothing new after so long, and end what still runs then"
+    )
     made.add_argument("--jobs", type=Path, help=argparse.SUPPRESS)  # of a process that `measure` started: what it does,
     made.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # and where its rows go
     return made
@@ -276,10 +331,12 @@ def ratio_line(found: dict) -> str:
 
 
 def finish(benchmark: str, rows: list[dict], ratios: list[dict], path: Path | None, **more) -> None:
-    """Print the ratios, and write the result, with `more` beside its rows."""
+    """Print the ratios, and write the result, with `more` beside its rows. Where nothing could be measured, exit code 1 after that."""
     print(f"\n{benchmark} on {device()}")
     for found in ratios:
         print(ratio_line(found))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results(benchmark, rows, ratios) | more, indent=1))
+    if all("error" in found for found in rows):
+        sys.exit(f"{benchmark}: nothing was measured: {rows[0]['error'] if rows else 'nothing was asked for'}")

@@ -29,11 +29,11 @@ GRAPHS_ALONE = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}  # vLLM's Compi
 
 def parse() -> argparse.Namespace:
     parser = common.parser(__doc__, seconds=150)
-    parser.add_argument("model", nargs="?", type=Path)
-    parser.add_argument("--requests", type=int, default=512)
-    parser.add_argument("--prompt", type=int, default=64, help="tokens")
-    parser.add_argument("--answer", type=int, default=256, help="tokens at most")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("model", nargs="?", type=common.model_directory)
+    parser.add_argument("--requests", type=common.positive, default=512)
+    parser.add_argument("--prompt", type=common.positive, default=64, help="tokens")
+    parser.add_argument("--answer", type=common.positive, default=256, help="tokens at most")
+    parser.add_argument("--repeats", type=common.positive, default=2)
     parser.add_argument("--compile", action="store_true", help="as vLLM is started in training")
     return parser.parse_args()
 
@@ -97,6 +97,7 @@ def vllms(config: Config, longest: int):
     set_environment(config.rollout)
     if torch.cuda.is_available():
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # its own default
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # this process has asked torch for GPUs: a fork of it can use none
     from vllm import LLM
 
     llm = LLM(**rollout.engine_arguments(config.rollout, config.model.path, longest, policy.precision_of("auto"), config.seed))

@@ -25,11 +25,13 @@ MOST_MEMORY, BESIDE_LIGER = 0.1, 1.1
 
 def parse() -> argparse.Namespace:
     parser = common.parser(__doc__, seconds=60)
-    parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--hidden", type=int, default=5120)
-    parser.add_argument("--vocab", type=int, default=152064)
-    parser.add_argument("--chunks", type=int, nargs="*", default=[512, 2048, 4096, 8192], help="tokens in the buffer, beside the default")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=common.positive, default=32768)
+    parser.add_argument("--hidden", type=common.positive, default=5120)
+    parser.add_argument("--vocab", type=common.positive, default=152064)
+    parser.add_argument(
+        "--chunks", type=common.positive, nargs="*", default=[512, 2048, 4096, 8192], help="tokens in the buffer, beside the default"
+    )
+    parser.add_argument("--repeats", type=common.positive, default=5)
     return parser.parse_args()
 
 

@@ -20,7 +20,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from unittest import mock
 
 import common
@@ -41,10 +40,12 @@ MORE = {"bf16": (FP8,), "invariant": (LOCAL,)}  # trainers beside the one of the
 
 def parse() -> argparse.Namespace:
     parser = common.parser(__doc__, seconds=220)
-    parser.add_argument("model", nargs="?", type=Path, default=EXAMPLE / "model")
-    parser.add_argument("--data", type=Path, default=EXAMPLE / "prompts.jsonl", help="a data set; its column problem, or question")
-    parser.add_argument("--tokens", type=int, default=100_000)
-    parser.add_argument("--answer", type=int, default=256, help="tokens at most")
+    parser.add_argument("model", nargs="?", type=common.model_directory, default=EXAMPLE / "model")
+    parser.add_argument(
+        "--data", type=common.existing_file, default=EXAMPLE / "prompts.jsonl", help="a data set; its column problem, or question"
+    )
+    parser.add_argument("--tokens", type=common.positive, default=100_000)
+    parser.add_argument("--answer", type=common.positive, default=256, help="tokens at most")
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=["bf16", "invariant", "fp8", "fp16"])
     return parser.parse_args()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megatron_nft.errors import UserError  # noqa: E402
+from megatron_nft.errors import UserError, first_line  # noqa: E402
 from megatron_nft.evaluation.tables import markdown_table  # noqa: E402
 
 SUMMARY = "summary.json"  # beside a fragment: what it was measured on
@@ -34,17 +34,18 @@ COMMANDS = (
     ("python benchmarks/gpu/efficiency.py", "how far the planner's predictions are from what is measured"),
 )  # fmt: skip
 ORDER = ("test_gpu", "logprobs", "weight_stream", "step_shares", "train_step", "generation", "mismatch", "efficiency")
+FORM = {"benchmark": str, "device": str, "date": str, "versions": dict, "command": str, "rows": list, "ratios": list}  # as common.py has it
 Result = dict
 
 
 def load(folder: Path, any_device: bool) -> tuple[list[tuple[Path, Result]], list[Path], list[Path]]:
-    """(results with their files, fragments, pictures). Raises UserError for what no GPU measured."""
+    """(results with their files, fragments, pictures). Raises UserError for what no GPU measured, and for what is damaged."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder", "name the one that the results were written to")
     found, fragments, pictures = [], [], []
     for path in sorted(folder.rglob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(result, dict) or not {"device", "rows", "ratios"} <= set(result):
+        result = _read(path)
+        if result is None:
             continue
         if not any_device and result["device"].startswith("CPU"):
             raise UserError(f"{path} was measured on {result['device']}", "leave it out of the folder, or give --any-device")
@@ -55,6 +56,20 @@ def load(folder: Path, any_device: bool) -> tuple[list[tuple[Path, Result]], lis
             found.append((path, result))
     found.sort(key=lambda one: (ORDER.index(one[1]["benchmark"]) if one[1]["benchmark"] in ORDER else len(ORDER), str(one[0])))
     return found, fragments, pictures
+
+
+def _read(path: Path) -> Result | None:
+    """None: JSON of another kind. Raises UserError for a file that is not whole."""
+    mend = "bring it again, or leave it out of the folder"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8
+        raise UserError(f"{path} is damaged ({first_line(error)})", mend) from None
+    if not isinstance(result, dict) or not {"device", "rows", "ratios"} <= set(result):
+        return None
+    if wrong := [name for name, kind in FORM.items() if not isinstance(result.get(name), kind)]:
+        raise UserError(f"{path} is no whole result: {wrong[0]} is {result.get(wrong[0], 'missing')!r}", mend)
+    return result
 
 
 def page(results: list[tuple[Path, Result]], fragments: list[Path] = (), pictures: list[str] = ()) -> str:
@@ -149,11 +164,15 @@ def main() -> None:
     if arguments.ratios:
         print(ratios_table(results))
         return
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     names = [f"gpu-{picture.name}" for picture in pictures]
-    for picture, name in zip(pictures, names, strict=True):
-        shutil.copyfile(picture, arguments.output.with_name(name))
-    arguments.output.write_text(page(results, fragments, names), encoding="utf-8")
+    whole = page(results, fragments, names)
+    try:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        for picture, name in zip(pictures, names, strict=True):
+            shutil.copyfile(picture, arguments.output.with_name(name))
+        arguments.output.write_text(whole, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be written ({error.strerror})", "give --output another place") from None
 
 
 if __name__ == "__main__":

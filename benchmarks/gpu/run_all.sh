@@ -7,19 +7,26 @@
 # NAME: only these (logprobs, weight_stream, ...). PYTHON: the interpreter, with PYTHONPATH as it needs it. MODEL: a model's directory for
 # mismatch. TINY=1: sizes that a CPU can do.
 set -u
-out=${1:?usage: PYTHON=python3 bash benchmarks/gpu/run_all.sh OUT [NAME ...]}
+refuse() { echo "run_all.sh: $1" >&2; exit 2; }
+[ -n "${1:-}" ] || refuse "no folder for the results: PYTHON=python3 bash benchmarks/gpu/run_all.sh OUT [NAME ...]"
+out=$1
 shift
 python=${PYTHON:-python3}
 here=$(cd "$(dirname "$0")" && pwd)
-names=${*:-logprobs weight_stream step_shares train_step generation mismatch efficiency}
-mkdir -p "$out"
+all="logprobs weight_stream step_shares train_step generation mismatch efficiency"
+names=${*:-$all}
+for name in $names; do
+  case " $all " in *" $name "*) ;; *) refuse "there is no benchmark $name: use some of $all" ;; esac
+done
+command -v "$python" >/dev/null || refuse "there is no $python: set PYTHON"
+[ -z "${MODEL:-}" ] || [ -f "$MODEL/config.json" ] || refuse "no config.json in $MODEL: set MODEL to the directory of a Hugging Face model"
+mkdir -p "$out" 2>/dev/null && [ -w "$out" ] || refuse "$out cannot be written to"
 failed=
 
 run() {  # name, seconds, arguments
   local name=$1 seconds=$2
   shift 2
   case " $names " in *" $name "*) ;; *) return ;; esac
-  [ -f "$here/$name.py" ] || return
   [ -n "${TINY:-}" ] && set -- "$@" --tiny && seconds=1200
   echo "== $name, at most $seconds s"
   timeout --signal=TERM --kill-after=5 $((seconds + 15)) \

@@ -32,11 +32,14 @@ def parse() -> argparse.Namespace:
     parser = common.parser(__doc__, seconds=100)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR")
     parser.add_argument("--skip", type=int, default=1, help="steps at the start, in which kernels are chosen and graphs captured")
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--answer", type=int, default=512)
-    return parser.parse_args()
+    parser.add_argument("--model", type=common.model_directory)
+    parser.add_argument("--steps", type=common.positive, default=4)
+    parser.add_argument("--prompts", type=common.positive, default=32)
+    parser.add_argument("--answer", type=common.positive, default=512)
+    given = parser.parse_args()
+    if missing := [run for run in given.runs if not (run / METRICS).is_file()]:
+        parser.error(f"no {METRICS} in {missing[0]}: give the run_dir of a training")
+    return given
 
 
 def config_of(model: Path, run_dir: Path, arguments: argparse.Namespace) -> dict:

@@ -41,12 +41,12 @@ FP8_GOAL = ">= 1.4"  # of the layers
 def parse() -> argparse.Namespace:
     parser = common.parser(__doc__, seconds=170)
     parser.add_argument("--models", nargs="+", choices=list(GOALS), default=list(GOALS))
-    parser.add_argument("--layers", type=int, default=8, help="of qwen2.5-32b")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
+    parser.add_argument("--layers", type=common.positive, default=8, help="of qwen2.5-32b")
+    parser.add_argument("--tokens", type=common.positive, nargs="+", default=[4096, 16384])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--micro-batches", type=int, default=2)
+    parser.add_argument("--micro-batches", type=common.positive, default=2)
     parser.add_argument("--recompute", action="store_true", help="recompute_granularity=full")
-    parser.add_argument("--steps", type=int, default=3, help="timed, after two that are not")
+    parser.add_argument("--steps", type=common.positive, default=3, help="timed, after two that are not")
     parser.add_argument("--profile", type=Path, metavar="FOLDER")
     return parser.parse_args()
 
@@ -70,7 +70,7 @@ def configure(folder: str, job: dict, arguments: argparse.Namespace) -> Config:
     config.model.path = folder
     if job["precision"] not in ("bf16", APART):
         config.model.fp8, config.model.fp8_recipe = "hybrid", job["precision"]
-    if torch.cuda.is_available() and job["precision"] != APART and versions.have_fused_accumulation():
+    if torch.cuda.is_available() and job["precision"] != APART and versions.have_fused_accumulation(versions.have_transformer_engine()):
         config.megatron.transformer["gradient_accumulation_fusion"] = True
     config.train.tokens_per_micro_batch = max(arguments.tokens)
     config.train.recompute_granularity = "full" if arguments.recompute else None

@@ -33,9 +33,9 @@ ALONE = "qwen2.5-7b"
 def parse() -> argparse.Namespace:
     parser = common.parser(__doc__, seconds=75)
     parser.add_argument("--model", choices=[name for name in common.SHAPES if name != "tiny"], default="qwen2.5-1.5b")
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--bucket", type=int, default=256, help="MiB, rollout.update_weights_bucket_megabytes")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--layers", type=common.positive)
+    parser.add_argument("--bucket", type=common.positive, default=256, help="MiB, rollout.update_weights_bucket_megabytes")
+    parser.add_argument("--repeats", type=common.positive, default=5)
     return parser.parse_args()
 
 

@@ -21,6 +21,7 @@ import shlex  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
+import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +30,7 @@ sys.path.insert(0, str(ROOT))  # where the package is not installed
 import outcome  # noqa: E402
 from stages import ARMS, FOR_GPUS, HERE, MODEL, Plan, Stage, line_of  # noqa: E402
 
-from megatron_nft.config import load  # noqa: E402
+from megatron_nft.config import BENCHMARKS, load  # noqa: E402
 from megatron_nft.errors import UserError  # noqa: E402
 from megatron_nft.files import read_json, write_whole  # noqa: E402
 from megatron_nft.logbook import duration  # noqa: E402
@@ -111,7 +112,7 @@ def plan_of(given: argparse.Namespace, gpus: list[str]) -> Plan:
     asked = tuple(filter(None, given.arms.split(",")))
     if unknown := [arm for arm in asked if arm not in ARMS]:
         raise UserError(f"there is no arm {unknown[0]}", f"use some of {', '.join(ARMS)}")
-    if given.minutes * 60 < (least := GRACE + KEEPING + SHORTEST):
+    if not given.minutes * 60 >= (least := GRACE + KEEPING + SHORTEST):  # no number is not enough either
         raise UserError(f"--minutes is {given.minutes:g}", f"use {least / 60:.1f} or more: a run has {GRACE} s to save what it has")
     left_out = [arm for arm in asked if arm in FOR_GPUS and not gpus]
     if left_out:
@@ -119,6 +120,22 @@ def plan_of(given: argparse.Namespace, gpus: list[str]) -> Plan:
     arms = tuple(arm for arm in asked if arm not in left_out)
     paths = {name: path.absolute() for name in ("runs", "model", "data", "wheel") if (path := getattr(given, name))}
     return Plan(arms=arms, tiny=given.tiny, settings=tuple(given.settings), **paths)
+
+
+def check_places(plan: Plan, out: Path) -> None:
+    """Raise UserError for a file that is not there, and for a folder that cannot be written to, which is made here."""
+    needed = [plan.data / BENCHMARKS[name].file for name in ("gsm8k_train", "gsm8k")] if plan.data else []
+    needed += [plan.wheel] if plan.wheel else []
+    needed += [plan.model / "config.json"] if plan.model != MODEL else []
+    if missing := [file for file in needed if not file.is_file()]:
+        raise UserError(f"no file at {missing[0]}", "see --data, --wheel and --model in run.py --help")
+    for folder in (plan.runs, out):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written to ({error.strerror})", "give --runs or --out another place") from None
 
 
 def run(given: argparse.Namespace) -> int:
@@ -132,6 +149,7 @@ def run(given: argparse.Namespace) -> int:
     for arm in plan.arms:  # what a config gets wrong is told before anything runs
         load(HERE / f"{arm}.yaml", plan.settings)
     out, failed = (given.out or plan.runs / "results").absolute(), []
+    check_places(plan, out)
 
     def keep() -> None:
         outcome.write(plan, record.stages, machine, out, shlex.join(["python", *sys.argv]))

@@ -2,7 +2,6 @@
 is refused."""
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def _read(file: Path) -> dict[str, Any]:
         entry = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"plan.measured {file} cannot be read ({error.strerror})", "give the file of a measurement") from error
-    except ValueError as error:  # no JSON, no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8
         raise UserError(f"plan.measured {file} is damaged ({first_line(error)})", MEND) from error
     whole = (
         isinstance(entry, dict)
@@ -68,6 +67,6 @@ def _figure(file: str, name: str, value: Any) -> float:
     if name not in LIMITS:
         raise UserError(f"plan.measured {file} has a figure {name!r}, which the planner does not know", MEND)
     least, most = LIMITS[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not least < value <= most:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least < value <= most:
         raise UserError(f"plan.measured {file} says that {name} is {value!r}, which cannot be: it is above {least:g}, up to {most:g}", MEND)
     return float(value)

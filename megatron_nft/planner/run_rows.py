@@ -14,6 +14,7 @@ from megatron_nft.logbook import MACHINE, METRICS, read_rows
 from megatron_nft.planner.workload import Workload
 
 LEFT_OUT = 2  # first steps, in which kernels are compiled, chosen and captured, and memory is asked for the first time
+NEEDED = ("time/step", "tokens")  # of each step
 # Settings of a run that make none of its time and memory
 _NO_MATTER = (
     "plan.",
@@ -49,7 +50,10 @@ class RunRows:
         """Raises UserError where there is no run, or not enough of one."""
         if not (run_dir / METRICS).is_file():
             raise UserError(f"no {METRICS} in {run_dir}", "give the run_dir of a training")
-        rows = [row for row in read_rows(run_dir / METRICS) if row.get("step", 0) > 0]
+        rows = [row for row in read_rows(run_dir / METRICS) if _number(row, "step") and row["step"] > 0]
+        for row in rows:
+            if missing := [key for key in NEEDED if not _number(row, key)]:
+                raise UserError(f"step {row['step']} of {run_dir / METRICS} has no {missing[0]}", "give the run_dir of a training")
         self.run_dir, self.rows = run_dir, rows[LEFT_OUT:]
         if not self.rows:
             raise UserError(f"{run_dir} has {len(rows)} steps, of which the first {LEFT_OUT} do not count", "let it run longer")
@@ -68,7 +72,7 @@ class RunRows:
 
     def median(self, key: str) -> float | None:
         """Over the steps that have it: validation and saves are in some of them. None: no step has it."""
-        values = [float(row[key]) for row in self.rows if key in row]
+        values = [float(row[key]) for row in self.rows if _number(row, key)]
         return median(values) if values else None
 
     def bare_seconds(self) -> float:
@@ -91,7 +95,7 @@ class RunRows:
                         means["groups_kept"], self._mean("tokens") or 0.0)  # fmt: skip
 
     def _mean(self, key: str) -> float | None:
-        values = [float(row[key]) for row in self.rows if key in row]
+        values = [float(row[key]) for row in self.rows if _number(row, key)]
         return sum(values) / len(values) if values else None
 
     def _prompt(self, n: int) -> float | None:
@@ -108,11 +112,16 @@ class RunRows:
         file = self.run_dir / "config.yaml"
         try:
             saved = yaml.safe_load(file.read_text()) if file.is_file() else {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # no YAML, no UTF-8
             raise UserError(f"{file} is damaged", "remove it: the comparison then says nothing of settings") from error
         now = asdict(config)
         keys = [key for key in known_keys() if not key.startswith(_NO_MATTER)]
         return [key for key in keys if (old := _value(saved, key)) is not _ABSENT and old != _value(now, key)]
+
+
+def _number(row: dict, key: str) -> bool:
+    """Whether the row has a number of that name."""
+    return isinstance(row.get(key), int | float) and not isinstance(row[key], bool)
 
 
 _ABSENT = object()

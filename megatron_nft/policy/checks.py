@@ -36,9 +36,11 @@ def check(config: Config, window: int, training: bool = True) -> None:
         optimizer.ddp_config(config)
         optimizer.optimizer_config(config)
         versions.check_fp8_recipe(transformer)
-    if transformer.gradient_accumulation_fusion and not versions.have_fused_accumulation():
+    engine = model.by_transformer_engine(transformer.params_dtype)
+    if transformer.gradient_accumulation_fusion and not versions.have_fused_accumulation(engine):
         raise UserError(
-            "megatron.transformer.gradient_accumulation_fusion is on, but neither Transformer Engine nor Apex's kernel for it is installed",
+            "megatron.transformer.gradient_accumulation_fusion is on, but the layers are not Transformer Engine's, and Apex, which has the "
+            "kernel for others, is not installed",
             "leave it out",
         )
 

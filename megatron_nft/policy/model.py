@@ -183,18 +183,19 @@ def _chunk(hf: dict, config: Config, megatron, vp_stage: int | None):
     from megatron.core.models.gpt import GPTModel
 
     post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-    model = GPTModel(
-        config=megatron,
-        transformer_layer_spec=block_spec(megatron, vp_stage),
-        vocab_size=padded_vocab_size(hf["vocab_size"], config.parallel.tensor_model_parallel_size),
-        max_sequence_length=hf["max_position_embeddings"],
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        post_process=post_process,
-        share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings")),
-        position_embedding_type="rope",
-        vp_stage=vp_stage,
-        **rope_settings(hf),
-    )
+    with versions.fused_accumulation_in_layers(by_transformer_engine(megatron.params_dtype)):
+        model = GPTModel(
+            config=megatron,
+            transformer_layer_spec=block_spec(megatron, vp_stage),
+            vocab_size=padded_vocab_size(hf["vocab_size"], config.parallel.tensor_model_parallel_size),
+            max_sequence_length=hf["max_position_embeddings"],
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=post_process,
+            share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings")),
+            position_embedding_type="rope",
+            vp_stage=vp_stage,
+            **rope_settings(hf),
+        )
     _mark_tensor_parallel(model)
     if post_process:
         # logprobs.py multiplies by the head's weight itself, in chunks, so that logits [tokens, vocab] never exist

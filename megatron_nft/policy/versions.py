@@ -6,7 +6,8 @@ import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -145,9 +146,25 @@ def have_transformer_engine() -> bool:
     return gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
 
 
-def have_fused_accumulation() -> bool:
+def have_fused_accumulation(by_transformer_engine: bool) -> bool:
     """Whether a kernel is there that adds a weight's gradient onto the float32 buffer: Apex's for local layers, TE's own for its."""
-    return have_transformer_engine() or importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return by_transformer_engine or importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+@contextmanager
+def fused_accumulation_in_layers(by_transformer_engine: bool) -> Iterator[None]:
+    """While a model is made: where the layers are Transformer Engine's, let it have gradient_accumulation_fusion without Apex.
+
+    Megatron-Core (0.16 to 0.19) asks for Apex's kernel in its output layer, whose own passes would use it: here they are logprobs.py's.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    there = layers._grad_accum_fusion_available
+    layers._grad_accum_fusion_available = there or by_transformer_engine
+    try:
+        yield
+    finally:
+        layers._grad_accum_fusion_available = there
 
 
 def fp8_side(recipe: str) -> int:

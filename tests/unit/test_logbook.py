@@ -135,9 +135,10 @@ def test_files_of_later_steps_are_removed(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == set(kept)
 
 
-def test_a_broken_line_in_the_middle_is_named(tmp_path):
+@pytest.mark.parametrize("broken", [b'{"ste', b"[1]", b"\xff"])
+def test_a_broken_line_in_the_middle_is_named(broken, tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    path.write_bytes(b'{"step": 1}\n' + broken + b'\n{"step": 3}\n')
     with pytest.raises(UserError, match="line 2"):
         read_rows(path)
 

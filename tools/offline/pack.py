@@ -204,7 +204,7 @@ def pack(given: argparse.Namespace) -> dict:
     """The manifest of what was packed. Raises Refused for what is wrong."""
     if missing := [path for path in given.file if not path.is_file()]:
         raise Refused(f"no file at {missing[0]}")
-    if given.piece < 1:
+    if not 1 <= given.piece < float("inf"):
         raise Refused(f"--piece is {given.piece:g}: use 1 MiB or more")
     clear(given.out)
     try:
@@ -245,7 +245,7 @@ def main() -> int:
     given = parser.parse_args()
     try:
         manifest = pack(given)
-    except Refused as error:
+    except (Refused, OSError) as error:  # a place that cannot be written to, a full disk
         print(f"pack.py: {error}", file=sys.stderr)
         return 2
     for one in manifest["files"]:

@@ -135,7 +135,7 @@ def main() -> int:
     given = parser.parse_args()
     try:
         print(unpack(given.parts, given.target, given.files))
-    except (Refused, zipfile.BadZipFile) as error:
+    except (Refused, zipfile.BadZipFile, OSError) as error:  # a place that cannot be written to, a full disk
         print(f"unpack.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -2,16 +2,22 @@
 
 import argparse
 import json
+import os
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_nft.config import Config
 from tests.support import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
 import common  # noqa: E402
+import generation  # noqa: E402
+import logprobs  # noqa: E402
+import mismatch  # noqa: E402
 import profiles  # noqa: E402
 import step_shares  # noqa: E402
 import train_step  # noqa: E402
@@ -99,6 +105,51 @@ def test_the_result_has_its_form(tmp_path, capsys):
     found = json.loads(path.read_text())
     assert list(found) == ["benchmark", "device", "date", "versions", "command", "rows", "ratios", "profiles"]
     assert found["versions"]["torch"] and found["device"] == common.device() and "goal <= 2" in capsys.readouterr().out
+
+
+def test_a_result_without_a_figure_is_written_and_ends_with_1(tmp_path):
+    with pytest.raises(SystemExit, match="x: nothing was measured: exit code 3"):
+        common.finish("x", [{"tokens": 1, "error": "exit code 3"}], [], tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text())["rows"][0]["tokens"] == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        (logprobs, ["--tokens", "0"], "argument --tokens: 0 is no number of 1 or more"),
+        (logprobs, ["--seconds", "0"], "argument --seconds: 0 is no number of seconds above 0"),
+        (logprobs, ["--json", "FOLDER"], "FOLDER is a folder"),
+        (logprobs, ["--json", "FILE/x.json"], "FILE cannot be written to"),
+        (train_step, ["--steps", "-1"], "argument --steps"),
+        (train_step, ["--models", "qwen3"], "invalid choice: 'qwen3'"),
+        (generation, ["nowhere"], "no config.json in nowhere: give the directory of a Hugging Face model"),
+        (mismatch, ["--data", "nowhere"], "no file at nowhere"),
+        (step_shares, ["nowhere"], "no metrics.jsonl in nowhere"),
+    ],
+    ids=range(9),
+)
+def test_wrong_arguments_are_one_line(script, arguments, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    places = {"FOLDER": str(tmp_path), "FILE": str(tmp_path / "file")}
+    for name, place in places.items():
+        arguments, said = [one.replace(name, place) for one in arguments], said.replace(name, place)
+    monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        script.parse()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.startswith("script.py: ") and said in told and told.count("\n") == 1
+
+
+def test_vllm_by_itself_starts_its_engine_in_a_new_process(tmp_path, monkeypatch):
+    """A fork of a process that has asked torch for GPUs can use none, and vLLM does not see that it has."""
+    seen = {}
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **_: seen.update(os.environ)))
+    config = Config(run_dir="unused")
+    config.model.path = str(tmp_path)
+    generation.vllms(config, 8)
+    assert seen["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn" and seen["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
 
 
 # ---- kernels

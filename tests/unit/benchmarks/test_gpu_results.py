@@ -57,6 +57,31 @@ def test_a_cpus_result_is_refused_unless_it_is_asked_for(tmp_path):
     assert "## logprobs: CPU (AMD EPYC)" in (tmp_path / "page.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"device": "NVIDIA H200", "ro', "x.json is damaged (Unterminated string"),
+        (b"\xff", "x.json is damaged ("),
+        (b'{"device": "NVIDIA H200", "rows": [], "ratios": []}', "x.json is no whole result: benchmark is 'missing'"),
+        (json.dumps(result("logprobs") | {"device": None}).encode(), "x.json is no whole result: device is None"),
+    ],
+    ids=range(4),
+)
+def test_a_damaged_result_is_one_line(content, said, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.json").write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        results.load(tmp_path / "in", any_device=False)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    monkeypatch.setattr(sys, "argv", ["results.py", str(tmp_path / "in"), "--output", str(tmp_path)])
+    with pytest.raises(UserError, match="cannot be written .Is a directory.: give --output another place"):
+        results.main()
+
+
 def test_fragments_and_pictures_stand_where_their_summary_tells_a_gpu(tmp_path):
     arms = tmp_path / "in" / "arms"
     arms.mkdir(parents=True)
@@ -98,11 +123,31 @@ def test_all_of_them_in_one_go(tmp_path):
     python.write_text(STAND_IN.replace("REAL", sys.executable))
     python.chmod(0o755)
     command = ["bash", "benchmarks/gpu/run_all.sh", str(tmp_path / "out"), "logprobs", "weight_stream", "mismatch"]
-    environment = {**os.environ, "PYTHON": str(python), "MODEL": "some/model"}
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "config.json").write_text("{}")
+    environment = {**os.environ, "PYTHON": str(python), "MODEL": str(tmp_path / "some")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "failed: weight_stream" in done.stdout and "weight_stream FAILED with 3" in done.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"logprobs.json", "mismatch.json"}
-    assert "some/model" in next(line for line in done.stdout.splitlines() if line.startswith("ran") and "mismatch" in line)
+    assert str(tmp_path / "some") in next(line for line in done.stdout.splitlines() if line.startswith("ran") and "mismatch" in line)
     assert [line.split() for line in done.stdout.splitlines() if line.startswith("of ")] == [
         ["of", name, "1.5", "<=", "2", "met"] for name in ("logprobs", "mismatch")
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "said"),
+    [
+        ([], {}, "no folder for the results"),
+        (["OUT", "logprob"], {}, "there is no benchmark logprob: use some of logprobs"),
+        (["/dev/null/x"], {}, "/dev/null/x cannot be written to"),
+        (["OUT"], {"MODEL": "/nowhere"}, "no config.json in /nowhere"),
+        (["OUT"], {"PYTHON": "/nowhere"}, "there is no /nowhere: set PYTHON"),
+    ],
+    ids=range(5),
+)
+def test_what_cannot_be_run_is_one_line_before_anything_is_measured(arguments, changes, said, tmp_path):
+    command = ["bash", "benchmarks/gpu/run_all.sh", *(one.replace("OUT", str(tmp_path / "out")) for one in arguments)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHON": sys.executable, **changes}, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+    assert not (tmp_path / "out").exists()

@@ -195,14 +195,23 @@ def test_a_signal_ends_the_time(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments, said",
-    [(["--arms", "nft,ntf"], "there is no arm ntf"), (["--minutes", "1"], "--minutes is 1"), (["trian.steps=1"], "unknown setting")],
+    [
+        (["--arms", "nft,ntf"], "there is no arm ntf"),
+        (["--minutes", "1"], "--minutes is 1"),
+        (["--minutes", "nan"], "--minutes is nan"),
+        (["trian.steps=1"], "unknown setting"),
+        (["--data", "/nowhere"], "no file at /nowhere/gsm8k_train.jsonl"),
+        (["--wheel", "/nowhere.whl"], "no file at /nowhere.whl"),
+        (["--model", "/nowhere"], "no file at /nowhere/config.json"),
+        (["--model", str(stages.MODEL), "--out", "/dev/null/x"], "/dev/null/x cannot be written to"),
+    ],
 )
 def test_bad_input_is_one_line(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run.py", "--runs", str(tmp_path), "--model", str(tmp_path), *arguments])
     monkeypatch.setattr(run.outcome, "machine", lambda: {"gpus": [], "device": "CPU", "versions": {}})
     assert run.main() == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and said in lines[0]
+    assert len(lines) == 1 and said in lines[0] and not list(tmp_path.iterdir())
 
 
 def fake_evaluation(plan: stages.Plan, name: str, right: int, sampled: bool) -> None:

@@ -125,12 +125,29 @@ def test_files_want_a_place(packed, tmp_path):
 
 @pytest.mark.parametrize(
     "more, said",
-    [({"piece": 0}, "--piece is 0"), ({"file": [Path("/no/such")]}, "no file at"), ({"more": ["a b"]}, "--more"), ({}, "nothing to pack")],
+    [
+        ({"piece": 0}, "--piece is 0"),
+        ({"piece": float("nan")}, "--piece is nan"),
+        ({"file": [Path("/no/such")]}, "no file at"),
+        ({"more": ["a b"]}, "--more"),
+        ({}, "nothing to pack"),
+    ],
 )
 def test_what_cannot_be_packed_is_said(more, said, tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "asked_in_setup", list)
     with pytest.raises(pack.Refused, match=said):
         pack.pack(given(tmp_path / "out", **more))
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(packed, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["pack.py", str(tmp_path / "file" / "out"), "--no-packages", "--file", str(tmp_path / "file")])
+    assert pack.main() == 2
+    told = capsys.readouterr().err
+    assert "Not a directory" in told and told.count("\n") == 1
+    target = tmp_path / "file" / "site"
+    done = run_unpack(packed / "part1" / "unpack.py", packed, "--target", target, "--files", tmp_path / "file" / "files")
+    assert done.returncode == 2 and "Not a directory" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_directory_that_holds_something_else_is_left_alone(tmp_path):

@@ -164,6 +164,29 @@ def test_no_run_and_a_damaged_one_are_one_line(run, file, tmp_path, capsys):
     assert "machine.json is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (METRICS, b"", "has 0 steps"),
+        (METRICS, b'{"step": 1, "ti', "has 0 steps"),
+        (METRICS, b'{"step": "one"}\n', "has 0 steps"),
+        (METRICS, b'{"step": 1, "loss": 0.5}\n', f"step 1 of RUN/{METRICS} has no time/step: give the run_dir of a training"),
+        (METRICS, b'{"step": 1, "time/step": null, "tokens": 1}\n', "has no time/step"),
+        (METRICS, b'{"step": 1, "time/step": 1.0}\n', "has no tokens"),
+        (METRICS, b"[1]\n", f"line 1 of RUN/{METRICS} is not JSON"),
+        (METRICS, b"\xff\n", f"line 1 of RUN/{METRICS} is not JSON"),
+        (MACHINE, b"\xff", "machine.json is damaged"),
+        ("config.yaml", b"\xff", "config.yaml is damaged"),
+    ],
+)
+def test_odd_files_of_a_run_are_one_line(name, content, said, run, file, capsys):
+    folder = run(rows())
+    (folder / name).write_bytes(content)
+    assert main(["plan", str(file), "--against", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert said.replace("RUN", str(folder)) in err and err.count("\n") == 1
+
+
 def test_a_replay_tells_of_no_workload(run):
     bare = [{name: value for name, value in row.items() if not name.startswith("train/")} for row in rows()]
     assert run_rows.RunRows(run(bare)).answered(16) is None

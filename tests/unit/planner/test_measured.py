@@ -74,6 +74,8 @@ def test_a_plan_goes_by_them_and_every_output_says_so(file, entry, tmp_path):
         ({"figures": {"matrix": "fast"}}, "says that matrix is 'fast'"),
         ({"figures": {"matrix": True}}, "says that matrix is True"),
         ({"figures": {"matrix": float("nan")}}, "says that matrix is nan"),
+        ({"figures": {"matrix": float("inf")}}, "says that matrix is inf"),
+        ({"figures": {"matrix": 10**400}}, "says that matrix is 1000"),
         ({"figures": {"speed": 1}}, "has a figure 'speed'"),
         ({"figures": {"matrix": None}}, "has no figure"),
         ({"figures": [1]}, "is no measurement"),
@@ -86,7 +88,10 @@ def test_what_is_no_measurement_of_the_gpu_is_one_line(changes, said, file, entr
     assert said in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "is damaged ("), ("\xff", "is damaged ("), ("[]", "is no measurement")])
+DAMAGED = [("{", "is damaged ("), ("\xff", "is damaged ("), ("[" * 100_000, "is damaged ("), ("[]", "is no measurement")]
+
+
+@pytest.mark.parametrize(("text", "said"), DAMAGED, ids=range(4))
 def test_damaged_files_are_one_line(text, said, file, tmp_path, capsys):
     path = tmp_path / "damaged.json"
     path.write_bytes(text.encode("latin-1"))

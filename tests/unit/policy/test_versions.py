@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_nft import policy
+from megatron_nft.config import Config
 from megatron_nft.errors import UserError
 from megatron_nft.policy import layers, model, versions
 from megatron_nft.policy.adam import Adam
@@ -180,3 +182,24 @@ def test_megatrons_delayed_recipe_is_made_by_each_transformer_engine(recipe, mon
     else:
         with pytest.raises(UserError, match="fp8_wgrad"):
             Megatrons((False, False, True))
+
+
+def test_gradients_are_added_in_the_product_without_apex():
+    """A model of Transformer Engine's layers has an output layer of Megatron-Core's own, which refuses the setting without Apex."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    config = Config(run_dir="unused")
+    config.model.precision, config.megatron.transformer["gradient_accumulation_fusion"] = "fp32", True
+    hf = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 32,
+          "rms_norm_eps": 1e-6, "max_position_embeddings": 64, "model_type": "qwen2", "tie_word_embeddings": True}  # fmt: skip
+    policy.initialize(config.parallel, seed=1)
+    try:
+        megatron = model.transformer_config(hf, config)
+        with versions.fused_accumulation_in_layers(True):
+            ColumnParallelLinear(16, 32, config=megatron, init_method=None, bias=False)
+        with pytest.raises(RuntimeError, match="fused_weight_gradient_mlp_cuda"), versions.fused_accumulation_in_layers(False):
+            ColumnParallelLinear(16, 32, config=megatron, init_method=None, bias=False)
+        with pytest.raises(RuntimeError, match="fused_weight_gradient_mlp_cuda"):
+            model.build(hf, config)  # without Transformer Engine
+    finally:
+        policy.shutdown()
