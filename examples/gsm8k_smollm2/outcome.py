@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 
-import curves
+import pictures
 from stages import ARMS, BEFORE, ROOT, WARM_START, Plan
 
 from megatron_nft.evaluation import answers as kept
@@ -76,8 +76,8 @@ def write(plan: Plan, stages: dict, of_machine: dict, out: Path, command: str) -
     _write(out / "evaluations.json", json.dumps(found))
     _write_lines(out / "answers.jsonl", samples)
     _write(out / "logs.txt", logs(plan.runs / "logs"))
-    curves.draw({TITLES[name]: rows for name, rows in arms.items()}, out / "curves.png")
-    curves.draw_accuracy(summary["rows"], out / "accuracy.png")
+    pictures.draw({TITLES[name]: rows for name, rows in arms.items()}, out / "curves.png")
+    pictures.draw_accuracy(summary["rows"], out / "accuracy.png")
 
 
 def evaluations(plan: Plan) -> dict[str, dict]:
