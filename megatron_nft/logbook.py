@@ -28,7 +28,7 @@ from megatron_nft.errors import UserError
 from megatron_nft.locks import exclusive
 
 METRICS = "metrics.jsonl"
-MACHINE = "machine.json"  # beside it: on what the run is, {"device", "ranks", "kernels"}
+MACHINE = "machine.json"  # beside it: on what the run is, {"device", "ranks", "kernels", "parameters"}, the last of the model
 
 
 class Meter(Protocol):

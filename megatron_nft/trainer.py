@@ -159,8 +159,8 @@ class Run:
         if first:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             save(config, self.run_dir / "config.yaml")
-            told = {"device": policy.device_name(), "ranks": self.topology.world_size, "kernels": policy.kernels(config)}
-            write_whole(self.run_dir / MACHINE, json.dumps(told, indent=1) + "\n")
+            ran_on = {"device": policy.device_name(), "ranks": self.topology.world_size, "kernels": policy.kernels(config)}
+            write_whole(self.run_dir / MACHINE, json.dumps(ran_on | {"parameters": self.policy.table.parameters()}, indent=1) + "\n")
             remove_later(self.run_dir / "rollouts", self.first_step)
             remove_later(self.run_dir / "evaluations", self.first_step)
         log = Logbook(

@@ -29,7 +29,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-from megatron_nft.policy import PeakMemory  # noqa: E402
+from megatron_nft.errors import UserError  # noqa: E402
+from megatron_nft.policy import PeakMemory, check_machine  # noqa: E402
 from megatron_nft.weights import table_for  # noqa: E402
 
 TOKENIZER = ROOT / "examples" / "arithmetic" / "model"
@@ -79,10 +80,18 @@ def write_model(hf: dict, folder: Path) -> Path:
 
 
 class Parser(argparse.ArgumentParser):
-    """What is wrong is one line, and exit code 2."""
+    """What is wrong with the arguments, or with this machine's GPU, is one line, and exit code 2."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
+
+    def parse_args(self, *args, **more) -> argparse.Namespace:
+        given = super().parse_args(*args, **more)
+        try:
+            check_machine()
+        except UserError as error:
+            self.error(str(error))
+        return given
 
 
 def positive(text: str) -> int:

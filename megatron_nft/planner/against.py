@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError
-from megatron_nft.planner import tables
+from megatron_nft.planner import parameters, tables
 from megatron_nft.planner.cluster import Cluster
 from megatron_nft.planner.hardware import known
 from megatron_nft.planner.memory import memory
@@ -100,9 +100,10 @@ class Against:
 
 
 def compare(config: Config, run_dir: Path, any_device: bool = False) -> Against:
-    """Raises UserError for no run, one of another number of GPUs, and, unless any_device, one that was not on plan.gpu."""
+    """Raises UserError for no run, one of another model or number of GPUs, and, unless any_device, one that was not on plan.gpu."""
     model, cluster, rows = check(config), Cluster.of(config), RunRows(run_dir)
     device, right = _device(rows, cluster, any_device)
+    _check_model(rows, parameters.total(model.hf))
     held = memory(config, model.hf, cluster)
 
     def planned(settings: Config) -> Plan:
@@ -136,6 +137,13 @@ def _device(rows: RunRows, cluster: Cluster, any_device: bool) -> tuple[str, boo
             f"the run had {ranks} ranks, the plan has {cluster.trainers} GPUs that train", "set plan.nodes and plan.gpus_per_node"
         )
     return device or "a device that it does not name", right
+
+
+def _check_model(rows: RunRows, planned: int) -> None:
+    """A model is known by its size: its path may have changed since."""
+    ran = rows.machine.get("parameters")
+    if ran is not None and ran != planned:
+        raise UserError(f"the run's model has {ran:,} parameters, the plan's {planned:,}", "set model.path to a model of the run's shape")
 
 
 def _figures(generating: Plan, training: Plan) -> Figures:

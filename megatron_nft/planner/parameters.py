@@ -67,7 +67,7 @@ def total(hf: dict) -> int:
 
 @lru_cache(maxsize=4)
 def _total(hf: str) -> int:
-    return sum(map(prod, _table(hf).hf_shapes().values()))
+    return _table(hf).parameters()
 
 
 def _names(table: Table, layout: Layout, layers: range, transformer_engine: bool) -> Iterator[tuple[int | None, str]]:

@@ -60,7 +60,7 @@ class RunRows:
         self.machine = self._machine()
 
     def _machine(self) -> dict:
-        """{"device", "ranks", "kernels"}; empty where the run did not write it down."""
+        """{"device", "ranks", "kernels", "parameters"}; empty where the run did not write it down."""
         file = self.run_dir / MACHINE
         try:
             found = json.loads(file.read_text()) if file.is_file() else {}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from math import gcd
+from math import gcd, prod
 
 from torch import Tensor
 
@@ -128,6 +128,10 @@ class Table:
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every Hugging Face tensor and its shape, in model order; a tied head is not among them."""
         return {name: self.sizes.shape(words) for entry in self._entries.values() for name, words in entry.huggingface.items()}
+
+    def parameters(self) -> int:
+        """Of the whole model, without padding; a tied head counts once."""
+        return sum(map(prod, self.hf_shapes().values()))
 
     def hf_shapes_of(self, megatron_name: str) -> dict[str, tuple[int, ...]]:
         """The Hugging Face tensors in one Megatron tensor, and their shapes."""

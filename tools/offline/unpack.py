@@ -48,7 +48,9 @@ def parts_in(folders: list[Path]) -> tuple[dict, dict[int, Path]]:
 def read(file: Path) -> dict:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        if manifest["parts"] and all({"kind", "name", "size", "sha256", "pieces"} <= one.keys() for one in manifest["files"]):
+        pieces = [piece for one in manifest["files"] for piece in one["pieces"]]
+        whole = all({"kind", "name", "size", "sha256"} <= one.keys() for one in manifest["files"])
+        if manifest["parts"] and whole and all({"file", "part", "size", "sha256"} <= piece.keys() for piece in pieces):
             return manifest
     except (ValueError, KeyError, TypeError, AttributeError):
         pass

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_nft.config import Config
+from megatron_nft.errors import UserError
 from tests.support import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
@@ -138,6 +139,17 @@ def test_wrong_arguments_are_one_line(script, arguments, said, tmp_path, monkeyp
         script.parse()
     told = capsys.readouterr().err
     assert ended.value.code == 2 and told.startswith("script.py: ") and said in told and told.count("\n") == 1
+
+
+def test_a_gpu_that_cannot_be_used_is_one_line(monkeypatch, capsys):
+    def refuse():
+        raise UserError("the NVIDIA driver is for CUDA 12.4", "update the driver")
+
+    monkeypatch.setattr(common, "check_machine", refuse)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--tiny"])
+    with pytest.raises(SystemExit) as ended:
+        logprobs.parse()
+    assert ended.value.code == 2 and capsys.readouterr().err == "script.py: the NVIDIA driver is for CUDA 12.4: update the driver\n"
 
 
 def test_vllm_by_itself_starts_its_engine_in_a_new_process(tmp_path, monkeypatch):

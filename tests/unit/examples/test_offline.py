@@ -104,11 +104,12 @@ def damage(packed: Path, how: str) -> str:
         piece.write_bytes(content)
         return "model.bin.002 is damaged"
     file = packed / "part3" / "manifest.json"
-    file.write_text(file.read_text().replace('"3.12"', '"3.13"') if how == "mixed" else "{")
+    text = file.read_text()
+    file.write_text({"mixed": text.replace('"3.12"', '"3.13"'), "other keys": text.replace('"part":', '"number":')}.get(how, "{"))
     return "is of another packing" if how == "mixed" else "manifest.json is damaged"
 
 
-@pytest.mark.parametrize("how", ["missing", "short", "changed", "mixed", "no manifest"])
+@pytest.mark.parametrize("how", ["missing", "short", "changed", "mixed", "no manifest", "other keys"])
 def test_what_is_damaged_is_one_line_and_nothing_is_written(how, packed, tmp_path):
     said = damage(packed, how)
     done = run_unpack(packed / "part1" / "unpack.py", packed, "--target", tmp_path / "site", "--files", tmp_path / "files")

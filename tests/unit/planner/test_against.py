@@ -129,6 +129,17 @@ def test_a_run_of_other_hardware_is_refused(device, ranks, said, run, file, caps
     assert said in err and err.count("\n") == 1
 
 
+def test_a_run_of_another_model_is_refused(run, file, capsys):
+    folder = run(rows())
+    its = json.loads((folder / MACHINE).read_text())
+    parameters = found(file, folder).plan.memory.facts["parameters"]
+    for ran, code in ((parameters, 0), (parameters - 1, 2)):
+        (folder / MACHINE).write_text(json.dumps(its | {"parameters": ran}))
+        assert main(["plan", str(file), "--against", str(folder)]) == code
+    err = capsys.readouterr().err
+    assert f"the run's model has {parameters - 1:,} parameters, the plan's {parameters:,}: set model.path" in err and err.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_a_run_on_a_cpu_is_compared_when_asked_for_and_says_so(run, file, capsys):
     folder = run(rows(), "CPU", settings="train: {tokens_per_micro_batch: 64}\nrun_dir: elsewhere\n")
