@@ -9,8 +9,8 @@ DEMO_RUN ?= runs/demo
 DEMO_ARGS ?=
 export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= $(shell nproc)
-# two files of tests at a time, each process with one thread: most of their time goes by in one
-TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile
+# two files of tests at a time, each process with one thread: most of their time goes by in one; in this order, so that a short file is last
+TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 ALL := tests/end_to_end tests/distributed tests/unit tests/gpu
 
 .PHONY: setup demo test test-fast test-long test-launch test-gpu reproduce reproduce-quick lint clean
