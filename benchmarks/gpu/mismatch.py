@@ -34,6 +34,7 @@ from megatron_nft.rollout.settings import Request
 EXAMPLE = common.ROOT / "examples" / "arithmetic"
 ENGINES = {"bf16": "bf16", "fp16": "fp16", "fp8": "bf16", "invariant": "bf16", "fp32": "fp32"}  # and the trainer's precision
 PREFILL = "the engine's prefill"
+CACHE = 8 * 2**30  # bytes: a share of the GPU would be millions of blocks with a small model, each an object of vLLM's
 FP8, LOCAL = "fp8 (hybrid, tensorwise)", "bf16, local layers"
 MORE = {"bf16": (FP8,), "invariant": (LOCAL,)}  # trainers beside the one of the same precision
 
@@ -59,7 +60,7 @@ def settings_of(job: dict, arguments: argparse.Namespace) -> Config:
     own.max_tokens, own.max_num_seqs, own.gpu_memory_utilization, own.cpu_kvcache_space = arguments.answer, 256, 0.4, 1
     own.quantization = "fp8" if job["engine"] == "fp8" else None
     if torch.cuda.is_available():
-        own.vllm["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+        own.vllm |= {"compilation_config": common.GRAPHS_ALONE, "kv_cache_memory_bytes": CACHE}
     if job["engine"] == "invariant":
         config.megatron.transformer["deterministic_mode"] = True
     return config
@@ -67,7 +68,8 @@ def settings_of(job: dict, arguments: argparse.Namespace) -> Config:
 
 def ask_for_the_same_bits() -> None:
     """Before torch's CUDA side, Transformer Engine and vLLM are started, which read these once."""
-    os.environ.update(VLLM_BATCH_INVARIANT="1", CUBLAS_WORKSPACE_CONFIG=":4096:8", NVTE_ALLOW_NONDETERMINISTIC_ALGO="0")
+    os.environ.update(VLLM_BATCH_INVARIANT="1", NVTE_ALLOW_NONDETERMINISTIC_ALGO="0")
+    os.environ.update(CUBLAS_WORKSPACE_CONFIG=":16:8", CUBLASLT_WORKSPACE_SIZE="1")  # as vLLM sets them, too late for the trainer
 
 
 def measure_job(job: dict, arguments: argparse.Namespace, budget: common.Budget) -> dict:

@@ -33,13 +33,13 @@ run() {  # name, seconds, arguments
     "$python" "$here/$name.py" --json "$out/$name.json" --seconds "$seconds" "$@" || { echo "== $name FAILED with $?"; failed="$failed $name"; }
 }
 
-run logprobs 45
-run weight_stream 55
-run step_shares 70
-run train_step 140 --profile "$out/profiles"
-run generation 95
-run mismatch 115 ${MODEL:+"$MODEL"}
-run efficiency 50
+run logprobs 40
+run weight_stream 80 --repeats 3
+run step_shares 85 --prompts 16 --answer 256 --steps 3
+run train_step 135 --profile "$out/profiles"
+run generation 90 --repeats 1
+run mismatch 110 ${MODEL:+"$MODEL"}
+run efficiency 45
 
 echo
 "$python" "$here/results.py" "$out" --ratios

@@ -44,7 +44,6 @@ def parse() -> argparse.Namespace:
 
 def config_of(model: Path, run_dir: Path, arguments: argparse.Namespace) -> dict:
     """The small run's YAML."""
-    graphs = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}} if torch.cuda.is_available() else {}
     return {
         "run_dir": str(run_dir),
         "model": {"path": str(model)},
@@ -58,7 +57,7 @@ def config_of(model: Path, run_dir: Path, arguments: argparse.Namespace) -> dict
             "max_num_seqs": min(8 * arguments.prompts, 512),
             "cpu_kvcache_space": 1,
             "logprob_tolerance": 1.0,  # random weights: what is measured is time
-            "vllm": graphs,
+            "vllm": {"compilation_config": common.GRAPHS_ALONE},
         },
         "objective": {"name": "nft"},
         "train": {

@@ -109,6 +109,7 @@ def sleeps(model: policy.Policy, engine: rollout.Engine, repeats: int) -> dict:
 
 
 def ratios(row: dict, alone: dict) -> list[dict]:
+    """What was measured of them."""
     found = [
         common.ratio(
             f"weight stream of {of['model']}, our part: time to a copy of as many bytes", of["stream_seconds"] / of["copy_seconds"], MOST
@@ -116,6 +117,8 @@ def ratios(row: dict, alone: dict) -> list[dict]:
         for of in (row, alone)
         if "error" not in of
     ]
+    if "error" in row:
+        return found
     ours, reload, whole, copy = (row[f"{name}_seconds"] for name in ("stream", "reload", "whole", "copy"))
     found.append(common.ratio("vLLM's own reload: time to a copy of as many bytes", reload / copy))
     found.append(common.ratio("whole sync: time to stream and reload apart", whole / (ours + reload)))
@@ -127,19 +130,22 @@ def ratios(row: dict, alone: dict) -> list[dict]:
     return found
 
 
-def colocated(arguments: argparse.Namespace, hf: dict, topology: policy.Topology) -> dict:
+def colocated(arguments: argparse.Namespace, hf: dict, topology: policy.Topology, budget: common.Budget) -> dict:
     """Trainer and engine in this process."""
+    if not budget.left:
+        return {"error": "no time was left"}
     with tempfile.TemporaryDirectory() as scratch:
         config = settings_of(common.write_model(hf, Path(scratch) / "model"), arguments.bucket)
         model = policy.Policy(config, topology, trainable=False)
         engine = rollout.Engine(config.model.path, config.rollout, 128, "bf16", config.seed)
-    found = timed_ways(model, engine, arguments.repeats) | sleeps(model, engine, 2)
+    found = timed_ways(model, engine, arguments.repeats) | (sleeps(model, engine, 2) if budget.left else {})
     engine.close()
     return found
 
 
 def main() -> None:
     arguments = parse()
+    budget = common.budget_of(arguments)
     names = ("tiny", "tiny") if arguments.tiny else (arguments.model, ALONE)
     shapes = common.shape(names[0], arguments.layers), common.shape(names[1])
     config, layers = Config(run_dir="unused"), [hf["num_hidden_layers"] for hf in shapes]
@@ -147,7 +153,10 @@ def main() -> None:
     of = {"model": names[1], "layers": layers[1], "bucket_mib": arguments.bucket, "alone": True}
     alone = common.row(of, lambda: stream_alone(shapes[1], topology, arguments.bucket, arguments.repeats))
     common.free()
-    row = of | {"model": names[0], "layers": layers[0], "alone": False} | colocated(arguments, shapes[0], topology)
+    of |= {"model": names[0], "layers": layers[0], "alone": False}
+    # should this be ended before the engine has started
+    common.save("weight_stream", [alone], ratios({"error": "not yet"}, alone), arguments.json)
+    row = common.row(of, lambda: colocated(arguments, shapes[0], topology, budget))
     policy.shutdown()
     for one in (alone, row):
         for name in ("copy", "stream", "reload", "whole"):

@@ -11,7 +11,6 @@ SETTINGS = {
     "dtype": "model.precision",
     "seed": "seed",
     "max_model_len": "data.max_prompt_length and rollout.max_tokens",
-    "compilation_config": "rollout.cudagraph_mode",
     **{
         name: f"rollout.{name}"
         for name in (
@@ -47,6 +46,8 @@ def check(config: Config) -> None:
             raise UserError(f"rollout.vllm.{name} has a setting of its own", f"set {SETTINGS[name]}")
         if name in OWNED:
             raise UserError(f"rollout.vllm.{name} is not to be set: the program depends on it", "leave it out")
+    if rollout.cudagraph_mode is not None and "compilation_config" in rollout.vllm:
+        raise UserError("rollout.cudagraph_mode is set, and rollout.vllm.compilation_config, too", "put the mode into the latter")
     if rollout.enforce_eager and rollout.cudagraph_mode not in (None, "NONE"):
         raise UserError(
             f"rollout.enforce_eager is true and rollout.cudagraph_mode {rollout.cudagraph_mode}",

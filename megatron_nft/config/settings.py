@@ -155,7 +155,8 @@ class RolloutConfig:
     calculate_kv_scales: bool = True  # with fp8: from the first prompts, after every sync; false: 1.0
     # drafts that the model checks: {method: ngram, prompt_lookup_max: 4, num_speculative_tokens: 4} | {method: eagle3, model: DIR, ...}
     speculative_config: dict[str, Any] = field(default_factory=dict)
-    vllm: dict[str, Any] = field(default_factory=dict)  # any other field of vLLM's EngineArgs
+    # any other field of vLLM's EngineArgs; {compilation_config: {mode: 0, cudagraph_mode: FULL_DECODE_ONLY}}: graphs, and nothing compiled
+    vllm: dict[str, Any] = field(default_factory=dict)
     # MiB of whole tensors that go to the engine in one buffer; a rank needs twice this (or the largest tensor) while weights are synced
     update_weights_bucket_megabytes: int = 256
     served: ServedConfig = field(default_factory=ServedConfig)

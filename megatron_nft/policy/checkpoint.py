@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_nft.errors import UserError
-from megatron_nft.policy import manifest, optimizer
+from megatron_nft.policy import manifest, optimizer, versions
 from megatron_nft.policy.manifest import MANIFEST, best, damage, find, newest, prune, read_manifest, score_of, sweep
 from megatron_nft.policy.saving import Files, Saved, Saver, failed
 from megatron_nft.policy.topology import Topology
@@ -24,6 +24,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+EXTRA_STATE = "_extra_state/"  # in the name of what a layer keeps besides tensors: Transformer Engine's FP8 scales
 
 
 def start(saver: Saver, directory: Path, policy, state: dict, then: Callable[[], None], more: Files | None = None) -> None:
@@ -89,13 +90,15 @@ def _load(directory: Path, policy) -> dict:
     wanted = sharded_state(policy, loading=True)
     if manifest["layout"] != layout:  # every rank's generator belongs to its place in the old layout
         wanted.pop("rng", None)
-    named = _names(wanted)
-    _fill_all(wanted, directory, weights_only=not _trainable(policy))
+    named, modules = _names(wanted), _modules(policy)
+    held = _fill_all(wanted, directory, weights_only=not _trainable(policy))
+    new = {key: _without_extra_states(wanted[key], held) for key in modules}
     loaded = _read(wanted, directory)
     if lacking := _agreed(next((name for name in named if not _has(loaded, name)), None)):
         raise _lacks(directory, ".".join(map(str, lacking)))
-    for key, module in _modules(policy).items():
-        module.load_state_dict(loaded[key], strict=True)
+    with versions.extra_states_taken():
+        for key, module in modules.items():
+            module.load_state_dict(loaded[key] | new[key], strict=True)
     if _trainable(policy):
         optimizer.load(policy.optimizer, loaded["optimizer"])
         policy.scheduler.num_steps = 0  # Megatron adds the checkpoint's count to it
@@ -118,8 +121,9 @@ def check_experts(directory: Path, saved: dict, now: dict) -> None:
 # ---- every entry is there
 
 
-def _fill_all(wanted: dict, directory: Path, weights_only: bool) -> None:
-    """Raise UserError, on every rank, unless the checkpoint has all that any rank wants, and nothing that no rank has a place for."""
+def _fill_all(wanted: dict, directory: Path, weights_only: bool) -> set[str]:
+    """The names of what the checkpoint holds. Raises UserError, on every rank, unless it has all that any rank wants, and nothing that no
+    rank has a place for."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
     from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
@@ -132,12 +136,22 @@ def _fill_all(wanted: dict, directory: Path, weights_only: bool) -> None:
     with _damage_reported(directory):
         held = {_name(entry) for entry in load_sharded_metadata(str(directory)).values()} if dist.get_rank() == 0 else None
     held = _first_ranks(held)
-    if lacking := asked - held:
+    if lacking := {name for name in asked - held if EXTRA_STATE not in name}:
         raise _lacks(directory, min(lacking))
     if left := {name for name in held - asked if not _may_be_left(name, weights_only)}:
         raise UserError(
             f"the checkpoint {directory} holds {min(left)}, for which this model has no place", "use the model it was made with"
         )
+    return held
+
+
+def _without_extra_states(state: dict, held: set[str]) -> dict[str, None]:
+    """Take out of a model's wanted state the extra states that a checkpoint of another kind of layers does not hold; {name: None}, for
+    layers that begin without."""
+    new = [name for name, entry in state.items() if name.endswith("_extra_state") and _name(entry) not in held]
+    for name in new:
+        del state[name]
+    return dict.fromkeys(new)
 
 
 def _name(entry) -> str:
@@ -147,7 +161,7 @@ def _name(entry) -> str:
 
 def _may_be_left(name: str, weights_only: bool) -> bool:
     """Generators belong to a layout, extra states to a kind of layers, and the optimizer to training; the common part is checked apart."""
-    return name.startswith(("rng/", "common_state/")) or "_extra_state/" in name or (weights_only and "optimizer.state." in name)
+    return name.startswith(("rng/", "common_state/")) or EXTRA_STATE in name or (weights_only and "optimizer.state." in name)
 
 
 def _names(state, at: tuple = ()) -> list[tuple]:

@@ -8,27 +8,29 @@ import torch
 import torch.distributed as dist
 
 
-def slots(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """Slots that a rank holds, in its order: int64 [tokens / size]. cu_seqlens [sequences + 1]: multiples of 2 x size."""
-    bounds = cu_seqlens.cpu().long()
+def slots(cu_seqlens: torch.Tensor, rank: int, size: int, device: torch.device | None = None) -> torch.Tensor:
+    """Slots that a rank holds, in its order: int64 [tokens / size]. cu_seqlens [sequences + 1]: multiples of 2 x size. device: of the
+    result, by default that of cu_seqlens."""
+    device, bounds = device or cu_seqlens.device, cu_seqlens.cpu().long()
     total, longest = int(bounds[-1]), int((bounds[1:] - bounds[:-1]).max())
     if size == 1:
-        return torch.arange(total, device=cu_seqlens.device)
+        return torch.arange(total, device=device)
     starts, width = bounds[:-1, None], (bounds[1:, None] - bounds[:-1, None]) // (2 * size)  # [sequences, 1]
     offsets = torch.arange(-(-longest // (2 * size)))
     slices = [starts + width * s + offsets for s in (rank, 2 * size - 1 - rank)]  # [sequences, slots of a slice]
     real = (offsets < width)[:, None].expand(-1, 2, -1)
-    return torch.stack(slices, 1)[real].to(cu_seqlens.device)
+    return torch.stack(slices, 1)[real].to(device)
 
 
 class Places:
     """The slots of every context-parallel rank for one micro-batch."""
 
-    def __init__(self, cu_seqlens: torch.Tensor, group: dist.ProcessGroup | None):
-        """group: the context-parallel ranks; None: this rank alone."""
+    def __init__(self, cu_seqlens: torch.Tensor, group: dist.ProcessGroup | None, device: torch.device | None = None):
+        """group: the context-parallel ranks; None: this rank alone. device: where the slots are used, by default that of cu_seqlens."""
         self.group = group
+        self.cu_seqlens = cu_seqlens.to(device)
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        of_ranks = [slots(cu_seqlens, rank, self.size) for rank in range(self.size)]
+        of_ranks = [slots(cu_seqlens, rank, self.size, device) for rank in range(self.size)]
         self.own = of_ranks[self.rank]  # [tokens / size]
         if self.size > 1:
             self.order = torch.cat(of_ranks)  # [tokens]

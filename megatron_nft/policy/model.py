@@ -117,6 +117,16 @@ def _experts(hf: dict, parallel: ParallelConfig) -> dict:
     )
 
 
+def told_length(longest: int, tokens: int, transformer) -> int:
+    """The longest sequence of a micro-batch of `tokens`, as its attention is told: rounded up for Transformer Engine, which builds a cuDNN
+    graph for every number that it has not seen (and itself rounds to 64), to one of at most eight numbers between a power of two and
+    the next. Megatron's own rotary embedding is as long as it is told, so it is told exactly."""
+    if not transformer.apply_rope_fusion:
+        return longest
+    step = max(64, 2 ** (longest.bit_length() - 4))
+    return min(-(-longest // step) * step, tokens)
+
+
 def by_transformer_engine(dtype: torch.dtype) -> bool:
     """Whether the layers are Transformer Engine's: where it is, and in 16 bits (its attention over packed sequences knows no float32)."""
     return dtype in (torch.bfloat16, torch.float16) and versions.have_transformer_engine()

@@ -32,8 +32,15 @@ class Offload:
         for kind in kinds:
             if kind not in self._away:
                 self._away[kind] = [self._empty(kind, *numbered) for numbered in enumerate(self._storages(kind))]
+        if self._away:
+            self._drop_fp8_copies()
         if self._away and torch.cuda.is_available():
             torch.cuda.empty_cache()  # torch's cache is of no use to vLLM
+
+    def _drop_fp8_copies(self) -> None:
+        """Transformer Engine keeps each weight in FP8 from a pass's first micro-batch to its last, and makes it anew in the next one."""
+        for module in (module for chunk in self._chunks for module in chunk.modules()):
+            getattr(module, "_fp8_workspaces", {}).clear()
 
     def come_back(self, kinds: Iterable[str] = ("gradients", "optimizer", "parameters")) -> None:
         """Bring back what is off the device of these kinds; nothing where nothing is."""

@@ -192,8 +192,9 @@ class Policy:
         from megatron.core.packed_seq_params import PackedSeqParams
 
         watchdog.beat()
-        packed = PackedSeqParams("thd", batch.cu_seqlens, batch.cu_seqlens, max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen)
-        packed.places = places = _places(batch)
+        places, longest = _places(batch), model.told_length(batch.max_seqlen, len(batch.tokens), self.module.config)
+        packed = PackedSeqParams("thd", places.cu_seqlens, places.cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
+        packed.places = places
         with self._busy.timed():
             output = chunk(batch.tokens[None, places.own], batch.positions[None, places.own], None, packed_seq_params=packed)
         return output, partial(self._timed, on_output, batch=batch)
@@ -373,10 +374,11 @@ def _places(batch: Batch) -> context.Places:
     from megatron.core import parallel_state
 
     if not hasattr(batch, "places"):
-        batch.places = context.Places(batch.cu_seqlens, parallel_state.get_context_parallel_group())
+        batch.places = context.Places(batch.cu_seqlens, parallel_state.get_context_parallel_group(), device())
     return batch.places
 
 
 def _to_device(batch: Batch) -> Batch:
-    moved = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return Batch(**{name: value.to(device()) if torch.is_tensor(value) else value for name, value in moved.items()})
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    moved = {name: value.to(device()) for name, value in fields.items() if torch.is_tensor(value) and name != "cu_seqlens"}
+    return Batch(**fields | moved)

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ _WARNINGS = (
     "If you are using transformer_engine as the transformer implementation",  # said of every recomputed attention
 )
 _quieted: list[str] = []
+PICKLED_EXTRA_STATE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"  # Transformer Engine's
 
 
 def quiet() -> None:
@@ -300,10 +302,38 @@ def provide_adam() -> None:
     from megatron.core.optimizer import distrib_optimizer
 
     if torch.cuda.is_available() and fused_adam():
+        _complete(optimizer.Adam)
         return
     optimizer.Adam = distrib_optimizer.Adam = Adam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
+
+
+def _complete(adam: type) -> None:
+    """Where optimizer.use_precision_aware_optimizer makes moments Megatron-Core names the parameter alone; Transformer Engine's FusedAdam
+    wants to be told, too, whether its float32 copy is to be bf16 and a remainder, which it knows itself."""
+    make = getattr(adam, "initialize_state", None)
+    told = inspect.signature(make).parameters.get("store_param_remainders") if make else None
+    if told is None or told.default is not inspect.Parameter.empty:
+        return
+
+    def initialize_state(self, param, store_param_remainders: bool | None = None):
+        own = self.store_param_remainders and param.dtype == torch.bfloat16
+        return make(self, param, own if store_param_remainders is None else store_param_remainders)
+
+    adam.initialize_state = initialize_state
+
+
+@contextmanager
+def extra_states_taken() -> Iterator[None]:
+    """Within it Transformer Engine's layers take the scales of the recipe `delayed` back, which it pickles. Only for files whose checksums
+    were compared; Megatron-Core and torch unpickle parts of the same checkpoint."""
+    before = os.environ.get(PICKLED_EXTRA_STATE)
+    os.environ[PICKLED_EXTRA_STATE] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(PICKLED_EXTRA_STATE) if before is None else os.environ.update({PICKLED_EXTRA_STATE: before})
 
 
 def split_state(state: dict, validate: bool) -> tuple[dict, dict | None]:

@@ -44,11 +44,16 @@ def test_updates_are_the_same_to_the_last_bit(precision, ranks, model, tmp_path)
 
 
 def test_gradients_are_freed_and_never_copied():
-    """They leave a GPU by default, since that costs nothing: no byte of them goes to the host, and they come back as zeros."""
+    """They leave a GPU by default, since that costs nothing: no byte of them goes to the host, and they come back as zeros.
+    Copies in FP8 are given up."""
     gradients, parameters = torch.ones(5), torch.ones(3)
     buffer = SimpleNamespace(grad_data=gradients, param_data=parameters)
-    offload = Offload([SimpleNamespace(buffers=[buffer], expert_parallel_buffers=[])], None)
+    linear, norm = SimpleNamespace(_fp8_workspaces={"weight": torch.ones(3)}), SimpleNamespace()
+    offload = Offload([SimpleNamespace(buffers=[buffer], expert_parallel_buffers=[], modules=lambda: [linear, norm])], None)
+    offload.leave(())
+    assert linear._fp8_workspaces
     offload.leave(LEVELS["all"])
+    assert not linear._fp8_workspaces  # Transformer Engine's copies in FP8
     assert [kind for kind, _ in offload._host] == ["parameters"]
     assert gradients.untyped_storage().nbytes() == parameters.untyped_storage().nbytes() == 0
     offload.come_back()

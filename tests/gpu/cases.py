@@ -3,6 +3,7 @@
 import importlib.util
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from subprocess import TimeoutExpired
 
 import torch
 
@@ -76,8 +77,8 @@ def run_cases(model: Path, folder: Path) -> dict[str, dict]:
     arguments = {"config": str(config), "output": str(output), "cases": {name: asdict(case) for name, case in CASES.items()}}
     ended = ""
     try:
-        run_ranks(WORKER, 1, arguments, folder, timeout=600)
-    except AssertionError as error:
+        run_ranks(WORKER, 1, arguments, folder, timeout=300 if GPU else 600)
+    except (AssertionError, TimeoutExpired) as error:
         ended = str(error)
     found = torch.load(output, weights_only=False) if output.exists() else {}
     return {name: found.get(name, {"error": ended}) for name in CASES} | {"end": {"error": ended} if ended else {}}

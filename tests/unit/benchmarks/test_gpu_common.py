@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
-from megatron_nft.config import Config
+from megatron_nft.config import Config, load
 from megatron_nft.errors import UserError
 from tests.support import ROOT
 
@@ -22,6 +23,7 @@ import mismatch  # noqa: E402
 import profiles  # noqa: E402
 import step_shares  # noqa: E402
 import train_step  # noqa: E402
+import weight_stream  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -254,3 +256,19 @@ def test_tiny_takes_its_time():
         > 60
         > common.budget_of(argparse.Namespace(tiny=False, seconds=1.0)).left
     )
+
+
+def test_the_small_run_of_step_shares_has_settings_that_are_taken(tmp_path, monkeypatch):
+    """As they are on a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump(step_shares.config_of(tmp_path, tmp_path / "run", argparse.Namespace(prompts=16, answer=256)))
+    )
+    assert load(tmp_path / "run.yaml", []).rollout.vllm == {"compilation_config": common.GRAPHS_ALONE}
+
+
+def test_weight_stream_tells_what_it_has_where_the_engine_was_not_reached():
+    alone = {"model": "a", "stream_seconds": 3.0, "copy_seconds": 2.0}
+    [found] = weight_stream.ratios({"error": "no time was left"}, alone)
+    assert found["value"] == 1.5 and found["met"]
+    assert weight_stream.ratios({"error": "no time was left"}, {"error": "out of memory"}) == []

@@ -4,6 +4,7 @@ import copy
 
 import torch
 
+from megatron_nft.policy import versions
 from megatron_nft.policy.adam import Adam
 
 
@@ -65,3 +66,21 @@ def test_the_fused_form_is_the_same_update():
         torchs.step()
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_fused_adam_that_wants_more_than_megatron_says():
+    """optimizer.use_precision_aware_optimizer: Megatron-Core names the parameter, Transformer Engine 2.20 asks for one thing more."""
+
+    class Fused:
+        store_param_remainders = True
+
+        def initialize_state(self, param, store_param_remainders):
+            return store_param_remainders
+
+    versions._complete(Fused)
+    whole, half = torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
+    assert [Fused().initialize_state(p) for p in (whole, half)] == [False, True] and Fused().initialize_state(half, False) is False
+    completed = Fused.initialize_state
+    versions._complete(Fused)
+    versions._complete(Adam)
+    assert Fused.initialize_state is completed and not hasattr(Adam, "initialize_state")

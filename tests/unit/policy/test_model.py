@@ -1,6 +1,7 @@
 """What a model is started from: a directory that is not all there, or whose parts are not of one model, is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,3 +39,12 @@ def test_an_incomplete_checkpoint(tmp_path):
     (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
     with pytest.raises(UserError, match="is no complete checkpoint"):
         check(tmp_path)
+
+
+def test_attention_is_told_few_lengths_by_transformer_engine_and_the_exact_one_by_megatron():
+    fused, own = SimpleNamespace(apply_rope_fusion=True), SimpleNamespace(apply_rope_fusion=False)
+    told = [model.told_length(longest, 2**20, fused) for longest in range(1, 32769)]
+    assert all(longest <= rounded <= max(longest + 63, longest * 1.125) for longest, rounded in enumerate(told, 1))
+    assert told == sorted(told) and len(set(told)) == 16 + 5 * 8  # multiples of 64 up to 1,024; eight an octave up to 32,768
+    assert model.told_length(1000, 1001, fused) == 1001  # never more than there are
+    assert model.told_length(1000, 2**20, own) == 1000

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import pickle
 import resource
 import threading
@@ -15,6 +16,7 @@ from megatron_nft import policy
 from megatron_nft.config import Config
 from megatron_nft.errors import UserError
 from megatron_nft.policy import checkpoint, files, manifest, saving
+from megatron_nft.policy.versions import PICKLED_EXTRA_STATE
 from tests.support import tiny_model
 
 EXP_AVG = "optimizer.state.exp_avg.decoder.layers.mlp.linear_fc2.weight"
@@ -205,6 +207,30 @@ def test_an_entry_that_the_model_has_no_place_for(model, tmp_path):
     model.save(tmp_path / "step_1", {})
     with state_without("model", "decoder.final_layernorm.weight"), pytest.raises(UserError, match="holds decoder.final_layernorm.weight"):
         model.load(tmp_path / "step_1")
+
+
+def test_extra_states_of_one_kind_of_layers_are_not_asked_of_another(model, tmp_path, monkeypatch):
+    """A checkpoint of Megatron's own layers, loaded into layers that keep a state besides their tensors, as Transformer Engine's do; and
+    one that has it, with leave to take it."""
+    norm, taken = type(model.module.decoder.final_layernorm), []
+    model.save(tmp_path / "without", {})
+    before = model.module.decoder.final_layernorm.weight.detach().clone()
+
+    def take(self, state):
+        taken.append((state if state is None else state.tolist(), os.environ.get(PICKLED_EXTRA_STATE)))
+
+    monkeypatch.setattr(norm, "get_extra_state", lambda self: torch.tensor([7], dtype=torch.uint8), raising=False)
+    monkeypatch.setattr(norm, "set_extra_state", take, raising=False)
+    monkeypatch.delenv(PICKLED_EXTRA_STATE, raising=False)
+    with torch.no_grad():
+        model.module.decoder.final_layernorm.weight.zero_()
+    model.load(tmp_path / "without")
+    assert torch.equal(model.module.decoder.final_layernorm.weight, before)
+    assert taken and all(state is None for state, _ in taken)
+    model.save(tmp_path / "with", {})
+    taken.clear()
+    model.load(tmp_path / "with")
+    assert ([7], "1") in taken and PICKLED_EXTRA_STATE not in os.environ
 
 
 def rewrite(directory: Path, index) -> None:

@@ -139,15 +139,17 @@ def test_what_is_not_the_users():
 
 
 def test_what_the_program_sets_is_not_the_users(gpu):
-    """Nothing that rollout.vllm may hold goes over what the program has set."""
+    """What rollout.vllm may hold goes over nothing that is set, but for compilation_config, where cudagraph_mode is refused."""
     assert set(made(enable_chunked_prefill=True, enable_prefix_caching=True, quantization="fp8", cudagraph_mode="FULL",
-                    speculative_config=NGRAM)) <= {*SETTINGS, *OWNED}  # fmt: skip
+                    speculative_config=NGRAM)) <= {*SETTINGS, *OWNED, "compilation_config"}  # fmt: skip
 
 
 def test_settings_that_do_not_go_together():
     assert "no num_speculative_tokens" in refused(speculative_config={"method": "ngram"})
     assert "method eagle3 and no model" in refused(speculative_config={"method": "eagle3", "num_speculative_tokens": 2})
     assert "rollout.stop and rollout.speculative_config" in refused(speculative_config=NGRAM, stop=["\n"])
+    both = refused(vllm={"compilation_config": {"mode": 0}}, cudagraph_mode="FULL")
+    assert "rollout.cudagraph_mode is set, and rollout.vllm.compilation_config, too" in both
     assert "enforce_eager is true and rollout.cudagraph_mode FULL" in refused(enforce_eager=True, cudagraph_mode="FULL")
     for number in (0, -1, "x", 1.5, True):
         assert f"num_speculative_tokens is {number!r}" in refused(speculative_config={**NGRAM, "num_speculative_tokens": number})
