@@ -64,8 +64,8 @@ def run(part: str, config, topology) -> dict:
 
 
 def passes(model: policy.Policy) -> dict:
-    """Log-probs of every answer, and the gradients and metrics of both mini-batches and of the first once more. The learning rate is 0, so
-    that all are at the same weights, and scales of the last updates, where FP8 goes by them, are there by the third."""
+    """The gradients and metrics of both mini-batches and of the first once more, and then the log-probs of every answer. The learning rate
+    is 0, so that all are at the same weights, and scales of the last updates, where FP8 goes by them, are there by the third."""
     settings, gradients, asked = model.config.objective, [], []
     keep_gradients(model, gradients)
     _, mini_batches = micro_batches_of(model, made_up_groups())
@@ -77,6 +77,7 @@ def passes(model: policy.Policy) -> dict:
         return objectives.loss(inputs, settings=settings)
 
     updates = [model.update(mini, objective, objectives.METRICS) for mini in (*mini_batches, mini_batches[0])]
+    model.fill_old_logprobs(batches, settings)  # once more: at first those scales are 1
     logprobs = {number: values.cpu() for batch in batches for number, values in old_logprobs(batch)}
     sequences = [sum(len(batch.answers) for batch in mini) / len(mini) for mini in mini_batches]
     return {"logprobs": logprobs, "gradients": gradients, "updates": updates, "deterministic": asked, "sequences": sequences}
