@@ -47,6 +47,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # another job's may be of other versions. The hub's cache (HF_HOME, with your models and token) stays where it is.
 cache=${CACHE:-/tmp}/nft-$SLURM_JOB_ID
 export VLLM_CACHE_ROOT=$cache/vllm TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor HF_DATASETS_CACHE=$cache/datasets
+export FLASHINFER_WORKSPACE_BASE=$cache/flashinfer CUDA_CACHE_PATH=$cache/cuda
 
 # A rank has its share of a node's CPUs, in the order of the ranks: the first half on the first socket, as the GPUs are. Threads that wander
 # to the other socket make copies to the host, and the launching of kernels, slower.

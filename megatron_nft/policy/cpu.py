@@ -88,13 +88,10 @@ def _redirect_megatron() -> None:
 
 
 def _redirect_experts() -> None:
-    """Let the token dispatcher do without streams, the router without a matrix product of Transformer Engine's, and gloo with parts of
-    unequal size, which experts get."""
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    """Let the token dispatcher do without streams, and gloo with parts of unequal size, which experts get."""
+    from megatron.core.transformer.moe import token_dispatcher
 
     token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _Stream()
-    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 asks whether it is None, having defined it only where it is not
-        moe_utils.te_general_gemm = None
     for name, stand_in in (("all_to_all_single", _all_to_all_single), ("all_gather", _all_gather), ("reduce_scatter", _reduce_scatter)):
         setattr(torch.distributed, name, partial(stand_in, getattr(torch.distributed, name)))
 

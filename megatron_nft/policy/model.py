@@ -192,6 +192,7 @@ def _chunk(hf: dict, config: Config, megatron, vp_stage: int | None):
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
+    versions.mend_router()
     post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     with versions.fused_accumulation_in_layers(by_transformer_engine(megatron.params_dtype)):
         model = GPTModel(

@@ -200,6 +200,15 @@ def mend_delayed_scaling() -> None:
     DelayedScaling.__init__ = init
 
 
+def mend_router() -> None:
+    """Let a mixture's router do without a matrix product of Transformer Engine's: Megatron-Core 0.16.1 asks whether it is None, having
+    defined it only where it is not."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 def have_varlen_attention() -> bool:
     """Whether this PyTorch has torch.nn.attention.varlen (2.10 and later) and there is a GPU to run it."""
     return torch.cuda.is_available() and importlib.util.find_spec("torch.nn.attention.varlen") is not None

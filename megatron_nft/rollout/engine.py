@@ -26,6 +26,7 @@ from megatron_nft.rollout.arguments import engine_arguments, has_draft_model, re
 from megatron_nft.rollout.settings import (
     Request,
     generators_kept,
+    leave_alone,
     mend_expansion,
     name_shared_memory,
     repack_experts,
@@ -118,6 +119,7 @@ class Engine:
         """Engines of a dense model have nothing to tell each other. vLLM itself takes them so where it starts them, and only couples those
         of an external launcher: by a reduction in each step, which one that has nothing to write would not join."""
         self._engine.vllm_config.parallel_config.data_parallel_size = 1
+        self._llm.collective_rpc(leave_alone)
 
     def generate(self, requests: list[Request], on_finish: Callable[[int, Response], None] | None = None) -> list[Response]:
         """Sample one Response for each request, in the order of the requests.

@@ -114,6 +114,15 @@ def tame(engine: Any) -> None:
     logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
 
+def leave_alone(worker: Any) -> None:
+    """Tell what a worker runs that its engine is the only one: 0.26's second model runner, and drafts of every version, keep the number of
+    engines that they were started with, and go on to wait for the others in each step."""
+    runner = worker.model_runner
+    for one in (runner, getattr(runner, "speculator", None)):
+        if "dp_size" in getattr(one, "__dict__", {}):
+            one.dp_size = 1
+
+
 def repack_head(model: torch.nn.Module) -> None:
     """Repack a tied head after a reload: vLLM's CPU kernels keep a packed copy of it, and a reload renews only the embedding's own."""
     head = model.lm_head
