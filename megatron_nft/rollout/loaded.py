@@ -1,8 +1,8 @@
 """What a vLLM engine holds after a reload, compared with what it was given. These functions run beside the engine's model, on every
 rank of it.
 
-vLLM fuses tensors (q, k, v; gate, up; all experts of a layer), cuts them over its own tensor-parallel ranks, and on some platforms packs
-a linear layer's weight into a form of its own, the plain one being empty then.
+vLLM fuses tensors (q, k, v; gate, up; all experts of a layer), cuts them over its own tensor-parallel ranks, experts over those of all
+engines, and on some platforms packs a linear layer's weight into a form of its own, the plain one being empty then.
 """
 
 import re
@@ -19,7 +19,8 @@ EXPERT_PARTS = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}
 
 
 def checksums(model: nn.Module, names: list[str]) -> dict[frozenset[str], Checksum]:
-    """Checksums of the engine's plain parameters, by the Hugging Face tensors in them, on each of its ranks. A collective of the engine.
+    """Checksums of the engine's plain parameters, by the Hugging Face tensors in them, on each of its ranks. A collective of the engine;
+    with experts, of all engines.
 
     names: the model's Hugging Face tensors. Packed parameters, and those that vLLM has under another name, are left out.
     """
@@ -27,11 +28,15 @@ def checksums(model: nn.Module, names: list[str]) -> dict[frozenset[str], Checks
     for name, parameter in model.named_parameters():
         path, _, kind = name.rpartition(".")
         if parameter.numel() and (held := _hf_names(model, name, names)):
-            found[held] = (_own(modules[path], kind, parameter.data), str(parameter.dtype))
-    if not found:
-        return {}
+            of_experts = EXPERTS.match(name) is not None
+            found.setdefault(of_experts, {})[held] = (_own(modules[path], kind, parameter.data), str(parameter.dtype))
+    return {held: one for of_experts in sorted(found) for held, one in _summed(found[of_experts], of_experts).items()}
+
+
+def _summed(found: dict[frozenset[str], tuple[Tensor, str]], of_experts: bool) -> dict[frozenset[str], Checksum]:
+    """The sums over the ranks that share the parameters."""
     totals = torch.stack([total for total, _ in found.values()])
-    if (group := _ranks()) is not None:
+    if (group := _ranks(of_experts)) is not None:
         dist.all_reduce(totals, group=group)
     return {held: Checksum(total, dtype) for (held, (_, dtype)), total in zip(found.items(), totals.tolist())}
 
@@ -108,10 +113,11 @@ def _packed(model: nn.Module) -> dict[str, list[str]]:
     return getattr(model, "packed_modules_mapping", None) or {}
 
 
-def _ranks():
+def _ranks(of_experts: bool):
+    """The group of the engine's ranks, or of all engines' that experts are cut over; None for a rank alone."""
     from vllm.distributed import parallel_state
 
-    group = parallel_state.get_tp_group()
+    group = parallel_state.get_ep_group() if of_experts else parallel_state.get_tp_group()
     return group.device_group if group.world_size > 1 else None
 
 

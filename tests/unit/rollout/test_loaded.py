@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_nft.checksums import bit_sum
+from megatron_nft.rollout import loaded
 from megatron_nft.rollout.loaded import differs
 
 RANGE = torch.finfo(torch.float8_e4m3fn).max
@@ -47,3 +49,22 @@ def test_its_own_tensor_and_another(model, name, seed, rows):
     assert differs(model, f"layer.{name}.weight", weight(seed + 10, rows))
     assert differs(model, f"layer.{name}.weight", weight(seed, rows) * 1.5)
     assert differs(model, f"layer.{name}.weight", weight(seed, rows) * float("nan"))
+
+
+def test_experts_are_summed_over_all_engines_and_the_rest_over_one(monkeypatch):
+    """Two engines of two ranks: each rank has half of what its engine has, and a quarter of the experts."""
+    monkeypatch.setattr(loaded, "_ranks", lambda of_experts: 4 if of_experts else 2)
+    monkeypatch.setattr(loaded, "_rank", lambda: 0)
+    monkeypatch.setattr(loaded.dist, "all_reduce", lambda totals, group: totals.mul_(group))
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Module()])
+    model.layers[0].mlp, model.norm = nn.Module(), nn.Module()
+    model.layers[0].mlp.experts = nn.Module()
+    for kind in ("w13", "w2"):
+        model.layers[0].mlp.experts.register_parameter(f"{kind}_weight", nn.Parameter(weight(1, 4), requires_grad=False))
+    model.norm.weight = nn.Parameter(weight(2, 1), requires_grad=False)
+    experts = [f"layers.0.mlp.experts.{n}.{part}.weight" for n in range(2) for part in ("gate_proj", "up_proj", "down_proj")]
+    found = loaded.checksums(model, ["norm.weight", *experts])
+    sums = {len(held): one.total for held, one in found.items() if "norm.weight" not in held}
+    assert sums == {4: 4 * int(bit_sum(weight(1, 4))), 2: 4 * int(bit_sum(weight(1, 4)))}
+    assert found[frozenset(["norm.weight"])].total == 2 * int(bit_sum(weight(2, 1)))
