@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Self
 
@@ -24,6 +25,7 @@ EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 STUCK_EXIT_CODE = 1  # where Python itself is stuck: faulthandler knows no other
 LOOKS = 10  # a limit: how often the thread looks
 LATE = 1.0  # seconds that the timer leaves to the thread, whose report has the better exit code
+TORCHS = timedelta(minutes=30)  # that gloo and NCCL wait unless told otherwise
 _MARK = "\0"  # of a line that names the phase: no line of faulthandler's begins so
 
 
@@ -105,6 +107,11 @@ class Watchdog:
         """Seconds without a beat that the running phase may take; 0: without end."""
         return self._phases.get(self._names[-1], self._limit)
 
+    @property
+    def longest(self) -> float:
+        """Seconds of the longest limit that there is; 0 where there is none."""
+        return max(self._limit, *self._phases.values(), 0.0)
+
     def _note(self) -> None:
         """Another phase runs. Where its limit is another, the timer is set at once: this thread may be stuck before the other one
         gets to it."""
@@ -178,6 +185,12 @@ def phase(name: str):
 def running() -> str | None:
     """The phase that runs; None where no watchdog is in force."""
     return _current[-1].running if _current else None
+
+
+def patience() -> timedelta:
+    """How long ranks are to wait for one another: half as long again as any phase may take under the watchdog in force, so that the rank
+    which hangs is told of before those that wait for it give up; as long as torch would have it at least."""
+    return max(TORCHS, timedelta(seconds=1.5 * _current[-1].longest)) if _current else TORCHS
 
 
 def reach(name: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_nft import watchdog
 from megatron_nft.errors import UserError, os_error_behind
 from megatron_nft.policy import cpu, files, manifest, versions
 from megatron_nft.weights import copy_companions
@@ -61,7 +62,7 @@ class Saver:
     def __init__(self):
         from megatron.core.dist_checkpointing.strategies import filesystem_async, torch  # noqa: F401 (takes long: not in the first save)
 
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=watchdog.patience())
         self._thread: threading.Thread | None = None
         self._saved: Saved | None = None
         self._problem: Problem | None = None  # of any rank

@@ -10,6 +10,7 @@ import numpy
 import torch
 import torch.distributed as dist
 
+from megatron_nft import watchdog
 from megatron_nft.config import ParallelConfig
 from megatron_nft.errors import UserError
 from megatron_nft.policy import cpu, versions
@@ -105,6 +106,7 @@ def make_groups(parallel: ParallelConfig, **more) -> None:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_size(parallel),
+        distributed_timeout_minutes=int(watchdog.patience().total_seconds() // 60),
         **more,
     )
 
@@ -158,9 +160,7 @@ def start_distributed() -> None:
         os.environ.update(_world_of_one)  # vLLM reads it, too
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=watchdog.patience())
 
 
 def gathered(values: list[float]) -> list[list[float]]:

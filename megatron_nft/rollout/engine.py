@@ -80,7 +80,7 @@ class Engine:
         self._asked_to_stop = asked_to_stop
         self._on_gpu = torch.cuda.is_available()
         self._asleep = 0  # vLLM's sleep level
-        self._group = dist.new_group(backend="gloo") if world > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=watchdog.patience()) if world > 1 else None
         set_environment(rollout)
         from vllm import LLM
 

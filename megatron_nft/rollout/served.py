@@ -47,7 +47,7 @@ class ServedEngine:
         """Wait for the servers. Raises UserError, on all ranks, where they are not there in time or serve another model."""
         world = dist.get_world_size() if dist.is_initialized() else 1
         self.is_first = world == 1 or dist.get_rank() == 0
-        self._group = dist.new_group(backend="gloo") if world > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=watchdog.patience()) if world > 1 else None
         self._weights, self._asked_to_stop, self._timeout = weights, asked_to_stop, config.rollout.served.start_timeout
         self.weight_version = 0
         self.names = frozenset(load_weights(config.model.path).names())

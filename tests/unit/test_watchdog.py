@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -154,7 +155,7 @@ with Watchdog(1000, 5, {str(tmp_path)!r}):
         pass
     with watchdog.phase("generate"):
         if not os.fork():
-            time.sleep(0.7)
+            time.sleep(5)  # the helper may have to start first, on a machine that is busy
             os.write(2, b"the child ends\\n")
             os._exit(0)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -167,6 +168,15 @@ with Watchdog(1000, 5, {str(tmp_path)!r}):
 def test_a_process_that_leaves_by_itself_has_said_why(tmp_path, leave):
     done = run(f"with Watchdog(1000, 5, {str(tmp_path)!r}):\n    {leave}")
     assert (done.returncode, done.stderr) == (3, "")
+
+
+@pytest.mark.parametrize(
+    ("limit", "phases", "minutes"), [(3600, {}, 90), (60, {"start": 7200}, 180), (600, {"train": 60}, 30), (0, {}, 30)]
+)
+def test_ranks_wait_longer_for_one_another_than_a_phase_may_take(limit, phases, minutes, tmp_path):
+    assert watchdog.patience() == timedelta(minutes=30)  # torch's own
+    with Watchdog(limit, 0, tmp_path, phases):
+        assert watchdog.patience() == timedelta(minutes=minutes)
 
 
 def test_the_phases_that_can_be_set_are_those_of_the_program():

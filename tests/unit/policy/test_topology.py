@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -88,3 +89,12 @@ def test_a_world_of_one_leaves_the_environment_as_it_was():
     assert dist.get_world_size() == 1 and os.environ["WORLD_SIZE"] == "1"
     topology.shutdown()
     assert not dist.is_initialized() and dict(os.environ) == before
+
+
+def test_the_world_waits_as_long_as_the_watchdog_has_it(monkeypatch):
+    waits = []
+    monkeypatch.setattr(topology.watchdog, "patience", lambda: timedelta(minutes=90))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: waits.append((backend, timeout)))
+    topology.start_distributed()
+    topology.shutdown()
+    assert waits == [("gloo", timedelta(minutes=90))]
