@@ -92,9 +92,9 @@ with Watchdog(1, 0, {str(tmp_path)!r}, {{"sync": 0}}):
 def test_a_beat_holds_for_a_whole_limit_in_c_as_well(tmp_path):
     """However long ago the one before it was: here the thread cannot look for most of a limit, twice."""
     done = run(f"""
-with Watchdog(1, 0, {str(tmp_path)!r}):
-    for _ in range(4):
-        ctypes.PyDLL(None).usleep(900_000)
+with Watchdog(3, 0, {str(tmp_path)!r}):
+    for _ in range(3):
+        ctypes.PyDLL(None).usleep(2_200_000)
         watchdog.beat()
     print("alive")
 """)
