@@ -94,7 +94,7 @@ def test_a_beat_holds_for_a_whole_limit_in_c_as_well(tmp_path):
     done = run(f"""
 with Watchdog(3, 0, {str(tmp_path)!r}):
     for _ in range(3):
-        ctypes.PyDLL(None).usleep(2_200_000)
+        ctypes.PyDLL(None).usleep(1_700_000)
         watchdog.beat()
     print("alive")
 """)
