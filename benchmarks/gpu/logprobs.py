@@ -104,7 +104,7 @@ def measure_all(arguments: argparse.Namespace, tokens: int, budget: common.Budge
     for name, way in ways(arguments.chunks, tokens).items():
         of = {"way": name, "tokens": tokens, "hidden": arguments.hidden, "vocab": arguments.vocab}
         if not budget.left and rows:
-            rows.append(of | {"error": "no time was left"})
+            rows.append(of | common.NO_TIME)
             continue
         rows.append(common.row(of, lambda way=way: measure_way(way, given, arguments.repeats, budget)))
         print(line(rows[-1]), flush=True)

@@ -133,7 +133,7 @@ def ratios(row: dict, alone: dict) -> list[dict]:
 def colocated(arguments: argparse.Namespace, hf: dict, topology: policy.Topology, budget: common.Budget) -> dict:
     """Trainer and engine in this process."""
     if not budget.left:
-        return {"error": "no time was left"}
+        return common.NO_TIME
     with tempfile.TemporaryDirectory() as scratch:
         config = settings_of(common.write_model(hf, Path(scratch) / "model"), arguments.bucket)
         model = policy.Policy(config, topology, trainable=False)
@@ -155,7 +155,7 @@ def main() -> None:
     common.free()
     of |= {"model": names[0], "layers": layers[0], "alone": False}
     # should this be ended before the engine has started
-    common.save("weight_stream", [alone], ratios({"error": "not yet"}, alone), arguments.json)
+    common.save("weight_stream", [alone], ratios(common.NO_TIME, alone), arguments.json)
     row = common.row(of, lambda: colocated(arguments, shapes[0], topology, budget))
     policy.shutdown()
     for one in (alone, row):

@@ -34,8 +34,8 @@ class Offload:
                 self._away[kind] = [self._empty(kind, *numbered) for numbered in enumerate(self._storages(kind))]
         if self._away:
             self._drop_fp8_copies()
-        if self._away and torch.cuda.is_available():
-            torch.cuda.empty_cache()  # torch's cache is of no use to vLLM
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # torch's cache is of no use to vLLM
 
     def _drop_fp8_copies(self) -> None:
         """Transformer Engine keeps each weight in FP8 from a pass's first micro-batch to its last, and makes it anew in the next one."""

@@ -3,7 +3,6 @@
 import importlib.util
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from subprocess import TimeoutExpired
 
 import torch
 
@@ -78,7 +77,7 @@ def run_cases(model: Path, folder: Path) -> dict[str, dict]:
     ended = ""
     try:
         run_ranks(WORKER, 1, arguments, folder, timeout=300 if GPU else 600)
-    except (AssertionError, TimeoutExpired) as error:
+    except AssertionError as error:
         ended = str(error)
     found = torch.load(output, weights_only=False) if output.exists() else {}
     return {name: found.get(name, {"error": ended}) for name in CASES} | {"end": {"error": ended} if ended else {}}
